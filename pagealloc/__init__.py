@@ -1,0 +1,60 @@
+"""Page-aligned memory for LLM inference on CPUs.
+
+The words, as used everywhere in this package:
+
+page
+    An OS page (4, 16 or 64 KiB, asked of the machine).  Huge page: 2 MiB or 1 GiB.
+reserve, commit, purge
+    Take address space; have it backed; give the backing back and keep the address.
+backing
+    What stands behind an arena: ``hugetlb``, ``thp`` or ``base``.  *Achieved* backing is measured.
+arena, chunk
+    One large reserved range from the kernel; a 2 MiB-aligned piece of it.
+size class, slab, slot
+    Sizes up to half a page are served from slabs, runs of pages cut into equal slots.
+page run
+    Any other size: exactly the pages it needs, best fit, merged when freed.
+Buffer
+    The handle that owns one slot or run.  Only ``alloc()`` makes one.
+extent store, window
+    One memfd with reference-counted pages; a contiguous address range mapped over it.
+layout, row, KV block, sequence
+    The shape and strides of a KV cache; the K or V bytes of one token in one layer; consecutive
+    tokens as a unit; one conversation.  They live in `pagealloc.kv`.
+held bytes
+    Physical memory, measured; never address space.
+"""
+
+from pagealloc.core.allocator import PageAllocator, default_allocator
+from pagealloc.core.buffer import Buffer
+from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats
+from pagealloc.core.os_memory import huge_page_size_bytes, page_size_bytes
+from pagealloc.errors import (
+    BackingUnavailableError,
+    ClosedError,
+    ForkedError,
+    InvariantError,
+    OutOfMemoryError,
+    PageallocError,
+    PageBoundaryError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AllocatorStats",
+    "ArenaStats",
+    "BackingUnavailableError",
+    "Buffer",
+    "ClassStats",
+    "ClosedError",
+    "ForkedError",
+    "InvariantError",
+    "OutOfMemoryError",
+    "PageAllocator",
+    "PageBoundaryError",
+    "PageallocError",
+    "default_allocator",
+    "huge_page_size_bytes",
+    "page_size_bytes",
+]

@@ -1,0 +1,43 @@
+"""One arena: a large reserved range, what backs it, and which of it may be backed now."""
+
+from libc.stdint cimport int64_t, uint64_t
+
+from pagealloc.core.page_run cimport run_t
+
+cdef enum:
+    BACKING_AUTO = 0
+    BACKING_HUGETLB = 1
+    BACKING_THP = 2
+    BACKING_BASE = 3
+
+cdef struct arena_t:
+    char *address
+    size_t nbytes               # reserved
+    int64_t n_pages
+    run_t **run_of_page         # first and last page of every run (every page of a slab), else NULL
+    int requested_backing
+    int achieved_backing
+    size_t granule_bytes        # what one touch backs: a page, or a huge page
+    int64_t n_granules
+    uint64_t *committed         # a bit a granule: may be backed
+    int64_t n_committed
+    bint dedicated              # made for one request; unmapped when that is freed
+    arena_t *next
+    arena_t *previous
+
+cdef arena_t *arena_new(
+    size_t nbytes, size_t align_bytes, int backing, int *error
+) noexcept nogil
+cdef int arena_delete(arena_t *arena) noexcept nogil
+
+cdef int64_t arena_missing_bytes(
+    const arena_t *arena, const char *address, int64_t nbytes
+) noexcept nogil
+cdef bint arena_commit(arena_t *arena, const char *address, int64_t nbytes) noexcept nogil
+cdef int64_t arena_purge(arena_t *arena, char *address, int64_t nbytes) noexcept nogil
+cdef int64_t arena_held_bytes(const arena_t *arena) noexcept nogil
+cdef bint arena_check(const arena_t *arena) noexcept nogil
+
+
+cdef inline bint granule_is_committed(const arena_t *arena, int64_t granule) noexcept nogil:
+    return (arena.committed[granule >> 6] >> (granule & 63)) & 1

@@ -1,0 +1,14 @@
+"""Buffer: the Python handle that owns one slot or run."""
+
+from pagealloc.core.heap cimport Heap
+
+cdef class Buffer:
+    cdef char *memory               # NULL once closed
+    cdef readonly size_t nbytes     # as asked for, not rounded
+    cdef readonly bint fresh        # nobody has used the memory since the kernel zeroed it
+    cdef Py_ssize_t n_exports       # views that are alive; guarded by the GIL
+    cdef Heap owner                 # keeps the heap mapped
+    cdef object __weakref__
+    cdef char *open_memory(self) except NULL
+
+cdef Buffer new_buffer(Heap heap, size_t nbytes, size_t align_bytes)

@@ -1,0 +1,146 @@
+"""Buffer.
+
+Purpose
+    Give Python one piece of memory, with an owner, a length, and views that keep it alive.
+Structure
+    numpy array / memoryview --export--> Buffer --owns--> slot or run --of--> Heap
+Invariants
+    memory != NULL <=> it is live in the heap; n_exports > 0 => memory != NULL
+    only new_buffer() makes one: a Buffer never has memory it does not own
+Locking
+    The GIL for the object's fields; the heap locks itself.
+Units
+    Bytes.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.stdint cimport uintptr_t
+
+from pagealloc.core.central cimport FREED
+from pagealloc.core.heap cimport Heap, heap_alloc, heap_free, heap_t
+
+from pagealloc.errors import ClosedError
+from pagealloc.units import format_bytes
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class Buffer:
+    """Memory of an allocator: `PageAllocator.alloc` makes one, `close()` or the last reference
+    gives it back.
+
+    Supports the buffer protocol (writable bytes), so ``memoryview``, ``numpy.frombuffer`` and
+    file reads work on it in place.  Not to be copied or pickled: it owns memory of this process.
+
+    Attributes
+    ----------
+    nbytes : int
+        Its length, as asked for.
+    fresh : bool
+        True if the memory came untouched from the kernel, hence was zero when handed out.
+
+    Notes
+    -----
+    A Buffer may be passed between threads, and closed in any.  What several threads write into it
+    at the same time is theirs to order.
+    """
+
+    def __init__(self):
+        raise TypeError("only PageAllocator.alloc() makes a Buffer")
+
+    def __dealloc__(self):
+        # No exports are left: each of them holds a reference to this object.
+        if self.memory != NULL:
+            with nogil:
+                heap_free(self.owner.heap, self.memory)
+
+    @property
+    def address(self) -> int:
+        """Where the memory starts.  Raises `ClosedError` after `close()`."""
+        return <uintptr_t>self.open_memory()
+
+    @property
+    def closed(self) -> bool:
+        """True after `close()`."""
+        return self.memory == NULL
+
+    @property
+    def allocator(self):
+        """The allocator it came from."""
+        return self.owner
+
+    cdef char *open_memory(self) except NULL:
+        if self.memory == NULL:
+            raise ClosedError(f"this Buffer of {self.nbytes} bytes is closed")
+        return self.memory
+
+    def close(self) -> None:
+        """Give the memory back; closing twice is fine.
+
+        Raises
+        ------
+        BufferError
+            Views of it (a memoryview, a NumPy array) are alive; nothing was changed.
+        """
+        cdef char *memory = self.memory
+        cdef int outcome
+        if memory == NULL:
+            return
+        if self.n_exports:
+            raise BufferError(
+                f"{self.n_exports} view{'s' if self.n_exports > 1 else ''} of this Buffer "
+                f"(memoryview, NumPy array) still alive: drop them first"
+            )
+        self.memory = NULL
+        with nogil:
+            outcome = heap_free(self.owner.heap, memory)
+        if outcome != FREED:
+            raise SystemError(
+                f"the heap does not know the live address {<uintptr_t>memory:#x}: "
+                f"memory outside the Buffers was overwritten"
+            )
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.open_memory(), <Py_ssize_t>self.nbytes, False, flags)
+        self.n_exports += 1
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self.n_exports -= 1
+
+    def __len__(self):
+        return self.nbytes
+
+    def __enter__(self):
+        self.open_memory()
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a Buffer owns memory of this process: no copy, no pickle; use bytes(buffer)")
+
+    def __repr__(self):
+        if self.memory == NULL:
+            return f"<Buffer of {format_bytes(self.nbytes)}, closed>"
+        return f"<Buffer of {format_bytes(self.nbytes)} at {<uintptr_t>self.memory:#x}>"
+
+
+cdef Buffer new_buffer(Heap heap, size_t nbytes, size_t align_bytes):
+    """Allocate and wrap; raises what `Heap.refusal` says if refused."""
+    cdef heap_t *c_heap = heap.open_heap()
+    # The object first: once the memory is had, nothing may fail before it has an owner.
+    cdef Buffer buffer = Buffer.__new__(Buffer)
+    cdef char *memory
+    cdef bint fresh = False
+    cdef int error = 0
+    buffer.owner = heap
+    buffer.nbytes = nbytes
+    with nogil:
+        memory = heap_alloc(c_heap, nbytes, align_bytes, &fresh, &error)
+    if memory == NULL:
+        raise heap.refusal(nbytes, align_bytes, error)
+    buffer.memory = memory
+    buffer.fresh = fresh
+    return buffer

@@ -1,0 +1,80 @@
+"""What is counted, listed once: the fields of ``stats()``, with units and how each is measured."""
+
+from dataclasses import dataclass
+
+__all__ = ["AllocatorStats", "ArenaStats", "ClassStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaStats:
+    """One arena.
+
+    Attributes
+    ----------
+    address : int
+        Where it starts.
+    requested_backing, achieved_backing : str
+        What was asked for, and what a touch was seen to be backed by: ``"hugetlb"``, ``"thp"`` or
+        ``"base"``.
+    reserved_bytes : int
+        Address space taken.
+    committed_bytes : int
+        What of it may be backed.
+    held_bytes : int
+        Physical memory behind it, counted by mincore.
+    dedicated : bool
+        It was made for one large request and goes back to the kernel with it.
+    """
+
+    address: int
+    requested_backing: str
+    achieved_backing: str
+    reserved_bytes: int
+    committed_bytes: int
+    held_bytes: int
+    dedicated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClassStats:
+    """One size class: its slot size, live and free slots, and the slabs that hold them."""
+
+    slot_bytes: int
+    n_live: int
+    n_free: int
+    n_slabs: int
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorStats:
+    """What an allocator holds.
+
+    Attributes
+    ----------
+    budget_bytes : int or None
+        Hard limit of `committed_bytes`.
+    reserved_bytes : int
+        Address space taken from the kernel; costs nothing by itself.
+    committed_bytes : int
+        What may be backed: handed out, or freed and not yet purged.
+    held_bytes : int
+        Physical memory behind all arenas, counted by mincore.
+    live_bytes : int
+        What is handed out, in whole slots and pages.
+    n_live, n_allocs, n_frees, n_failed : int
+        Buffers open now; requests served, given back, and refused since the start.
+    arenas : tuple of ArenaStats
+    classes : tuple of ClassStats
+    """
+
+    budget_bytes: int | None
+    reserved_bytes: int
+    committed_bytes: int
+    held_bytes: int
+    live_bytes: int
+    n_live: int
+    n_allocs: int
+    n_frees: int
+    n_failed: int
+    arenas: tuple[ArenaStats, ...]
+    classes: tuple[ClassStats, ...]

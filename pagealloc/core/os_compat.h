@@ -1,0 +1,60 @@
+/* Constants and calls that older C libraries, or macOS, lack.
+ *
+ * Purpose: os_memory.pyx compiles wherever CPython does.  What the platform has not got fails at
+ * run time with ENOSYS, which every caller handles as a refusal of the kernel's.
+ */
+#ifndef PAGEALLOC_OS_COMPAT_H
+#define PAGEALLOC_OS_COMPAT_H
+
+#include <errno.h>
+#include <sys/mman.h>
+#include <sys/types.h>
+
+#ifndef MAP_NORESERVE
+#define MAP_NORESERVE 0
+#endif
+#ifndef MAP_HUGE_SHIFT
+#define MAP_HUGE_SHIFT 26
+#endif
+
+#ifdef __linux__
+#include <fcntl.h>
+/* Values of include/uapi/asm-generic/mman-common.h and linux/falloc.h, fixed by the kernel's ABI. */
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef FALLOC_FL_KEEP_SIZE
+#define FALLOC_FL_KEEP_SIZE 0x01
+#define FALLOC_FL_PUNCH_HOLE 0x02
+#endif
+#define PAGEALLOC_MINCORE_VEC unsigned char
+#else
+#define MADV_POPULATE_WRITE -1
+#define MADV_HUGEPAGE -1
+#define MADV_NOHUGEPAGE -1
+#define MADV_DONTDUMP -1
+#define MAP_HUGETLB 0
+#define MFD_CLOEXEC 0
+#define FALLOC_FL_KEEP_SIZE 0
+#define FALLOC_FL_PUNCH_HOLE 0
+#define PAGEALLOC_MINCORE_VEC char
+static inline int memfd_create(const char *name, unsigned flags)
+{
+    (void)name, (void)flags;
+    errno = ENOSYS;
+    return -1;
+}
+static inline int fallocate(int fd, int mode, off_t offset, off_t nbytes)
+{
+    (void)fd, (void)mode, (void)offset, (void)nbytes;
+    errno = ENOSYS;
+    return -1;
+}
+#endif
+
+static inline void pagealloc_set_errno(int error)
+{
+    errno = error;
+}
+
+#endif

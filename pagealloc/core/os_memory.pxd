@@ -1,0 +1,45 @@
+"""The OS, as the rest of the core may see it.
+
+Purpose: the only room that calls the kernel.  Every call goes through one table that tests can
+make refuse (``os_memory.refusing``).
+
+Conventions: a function that returns ``int`` returns 0 or an errno value; one that returns a
+pointer returns NULL and leaves ``errno`` set.  All addresses and lengths are in bytes and
+multiples of a page.  Locking: none; the kernel locks.
+"""
+
+from libc.stdint cimport int64_t
+
+cdef extern from "os_compat.h" nogil:
+    const int MADV_HUGEPAGE
+    const int MADV_NOHUGEPAGE
+    const int MADV_DONTDUMP
+
+# Asked of the machine once, at import.
+cdef size_t os_page_bytes() noexcept nogil
+cdef size_t os_huge_page_bytes() noexcept nogil
+
+# --- private anonymous memory: arenas and metadata ---
+cdef void *os_reserve(size_t nbytes, size_t align_bytes) noexcept nogil
+cdef void *os_reserve_hugetlb(size_t nbytes, size_t huge_page_bytes) noexcept nogil
+cdef int os_release(void *address, size_t nbytes) noexcept nogil
+cdef int os_advise(void *address, size_t nbytes, int advice) noexcept nogil
+cdef int os_purge(void *address, size_t nbytes) noexcept nogil
+cdef int64_t os_resident_bytes(void *address, size_t nbytes) noexcept nogil
+
+# --- one sparse file: extents and windows ---
+cdef int os_file_create(const char *name, int *fd) noexcept nogil
+cdef int os_file_close(int fd) noexcept nogil
+cdef int os_file_grow(int fd, int64_t nbytes) noexcept nogil
+cdef int os_file_commit(int fd, int64_t offset, int64_t nbytes) noexcept nogil
+cdef int os_file_punch(int fd, int64_t offset, int64_t nbytes) noexcept nogil
+cdef int os_file_write(int fd, const void *source, size_t nbytes, int64_t offset) noexcept nogil
+cdef int64_t os_file_held_bytes(int fd) noexcept nogil
+cdef int os_map_file(void *address, size_t nbytes, int fd, int64_t offset) noexcept nogil
+cdef int os_populate_write(void *address, size_t nbytes) noexcept nogil
+cdef int os_protect_read_only(void *address, size_t nbytes) noexcept nogil
+
+# --- fork ---
+ctypedef void (*fork_hook)() noexcept nogil
+cdef int os_at_fork(fork_hook prepare, fork_hook parent, fork_hook child) noexcept nogil
+cdef int64_t os_fork_generation() noexcept nogil

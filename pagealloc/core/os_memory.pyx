@@ -1,0 +1,391 @@
+"""The only room that calls the OS.
+
+Purpose
+    Reserve, back, purge and release memory; grow, punch and map the one file of a store; ask the
+    machine what its pages are.
+Structure
+    caller -> os_xxx() -> refused(CALL)? -> the kernel
+    `calls[CALL]` holds, for each kernel call, how often it was made and whether a test wants it
+    refused.
+Invariants
+    os_page_bytes() is a power of two; os_huge_page_bytes() is a power of two and a multiple of it.
+Locking
+    None.  `calls[].n_calls` is atomic; the refusals are set by single-threaded tests.
+Units
+    Bytes throughout.
+"""
+
+import errno as _errno
+import os
+from contextlib import contextmanager
+
+from libc.errno cimport EINTR, ENOMEM, errno
+from libc.stdint cimport int64_t, uintptr_t
+from posix.mman cimport (
+    MADV_DONTNEED,
+    MAP_ANONYMOUS,
+    MAP_FAILED,
+    MAP_FIXED,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PROT_READ,
+    PROT_WRITE,
+    madvise,
+    mmap,
+    mprotect,
+    munmap,
+)
+from posix.stat cimport fchmod, fstat, struct_stat
+from posix.unistd cimport close, ftruncate, pwrite
+
+from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64
+
+from pagealloc.options import option_value
+from pagealloc.units import parse_bytes
+
+cdef extern from "os_compat.h" nogil:
+    ctypedef unsigned char mincore_vec "PAGEALLOC_MINCORE_VEC"
+    const int MADV_POPULATE_WRITE
+    const int MAP_HUGETLB
+    const int MAP_HUGE_SHIFT
+    const int MAP_NORESERVE
+    const unsigned MFD_CLOEXEC
+    const int FALLOC_FL_KEEP_SIZE
+    const int FALLOC_FL_PUNCH_HOLE
+    int memfd_create(const char *name, unsigned flags)
+    int fallocate(int fd, int mode, int64_t offset, int64_t nbytes)
+    int mincore(void *address, size_t nbytes, mincore_vec *vec)
+    void set_errno "pagealloc_set_errno"(int error)
+
+cdef extern from "<pthread.h>" nogil:
+    int pthread_atfork(fork_hook prepare, fork_hook parent, fork_hook child)
+
+cdef enum:
+    CALL_MMAP
+    CALL_MUNMAP
+    CALL_MADVISE
+    CALL_MINCORE
+    CALL_MPROTECT
+    CALL_MEMFD_CREATE
+    CALL_FCHMOD
+    CALL_FTRUNCATE
+    CALL_FALLOCATE
+    CALL_PWRITE
+    CALL_FSTAT
+    N_CALLS
+
+CALL_NAMES = (
+    "mmap", "munmap", "madvise", "mincore", "mprotect", "memfd_create", "fchmod",
+    "ftruncate", "fallocate", "pwrite", "fstat",
+)
+
+cdef struct os_call:
+    int64_t n_calls
+    int64_t n_let_through   # calls that still succeed before the refusals begin
+    int64_t n_refusals      # calls still to refuse; 0 = none, negative = every one
+    int refusal_errno
+
+cdef os_call calls[N_CALLS]
+cdef size_t page_bytes
+cdef size_t real_page_bytes   # what the kernel counts in; equals page_bytes outside tests
+cdef size_t huge_page_bytes
+cdef int64_t fork_generation = 0
+
+
+cdef inline bint refused(int call) noexcept nogil:
+    """Count one kernel call; true if a test wants it refused (errno is then set)."""
+    cdef os_call *entry = &calls[call]
+    atomic_add_i64(&entry.n_calls, 1)
+    if entry.n_refusals == 0:
+        return False
+    if entry.n_let_through > 0:
+        entry.n_let_through -= 1
+        return False
+    if entry.n_refusals > 0:
+        entry.n_refusals -= 1
+    set_errno(entry.refusal_errno)
+    return True
+
+
+cdef size_t os_page_bytes() noexcept nogil:
+    return page_bytes
+
+
+cdef size_t os_huge_page_bytes() noexcept nogil:
+    return huge_page_bytes
+
+
+# ---------------------------------------------------------------------------------------------
+# Private anonymous memory
+
+cdef void *map_anonymous(size_t nbytes, int flags) noexcept nogil:
+    cdef void *address
+    if refused(CALL_MMAP):
+        return NULL
+    address = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0)
+    return NULL if address == MAP_FAILED else address
+
+
+cdef void *os_reserve(size_t nbytes, size_t align_bytes) noexcept nogil:
+    """Reserve `nbytes` of untouched, zero, private memory that starts on `align_bytes`.
+
+    mmap promises page alignment only, so more is reserved and both ends are given back.
+    """
+    cdef size_t slack_bytes, head_bytes, tail_bytes
+    cdef char *address
+    if align_bytes < page_bytes:
+        align_bytes = page_bytes
+    slack_bytes = align_bytes - real_page_bytes
+    if nbytes + slack_bytes < nbytes:
+        set_errno(ENOMEM)
+        return NULL
+    address = <char *>map_anonymous(nbytes + slack_bytes, MAP_NORESERVE)
+    if address == NULL or slack_bytes == 0:
+        return address
+    head_bytes = (align_bytes - <uintptr_t>address % align_bytes) % align_bytes
+    tail_bytes = slack_bytes - head_bytes
+    # A refusal here costs address space only: the ends stay mapped, untouched and unused.
+    if head_bytes:
+        os_release(address, head_bytes)
+    if tail_bytes:
+        os_release(address + head_bytes + nbytes, tail_bytes)
+    return address + head_bytes
+
+
+cdef void *os_reserve_hugetlb(size_t nbytes, size_t huge_page_bytes) noexcept nogil:
+    """Reserve `nbytes` from the hugetlb pool, or fail with ENOMEM.
+
+    Without MAP_NORESERVE: the kernel sets the huge pages aside now, so that a later touch
+    cannot meet an empty pool (which would be SIGBUS).
+    """
+    cdef int log2_bytes = 0
+    while (<size_t>1 << log2_bytes) < huge_page_bytes:
+        log2_bytes += 1
+    return map_anonymous(nbytes, MAP_HUGETLB | (log2_bytes << MAP_HUGE_SHIFT))
+
+
+cdef int os_release(void *address, size_t nbytes) noexcept nogil:
+    """Give the address range back to the kernel."""
+    if refused(CALL_MUNMAP) or munmap(address, nbytes) != 0:
+        return errno
+    return 0
+
+
+cdef int os_advise(void *address, size_t nbytes, int advice) noexcept nogil:
+    if refused(CALL_MADVISE) or madvise(address, nbytes, advice) != 0:
+        return errno
+    return 0
+
+
+cdef int os_purge(void *address, size_t nbytes) noexcept nogil:
+    """Give the backing back and keep the address: the next read finds zeros."""
+    return os_advise(address, nbytes, MADV_DONTNEED)
+
+
+cdef int64_t os_resident_bytes(void *address, size_t nbytes) noexcept nogil:
+    """Physical bytes behind the range, by mincore; -1 if the kernel refused to say."""
+    cdef size_t n_pages = nbytes // real_page_bytes
+    cdef size_t done = 0, batch, i
+    cdef int64_t n_resident = 0
+    cdef mincore_vec vec[4096]
+    while done < n_pages:
+        batch = n_pages - done if n_pages - done < 4096 else 4096
+        if refused(CALL_MINCORE) or mincore(
+            <char *>address + done * real_page_bytes, batch * real_page_bytes, vec
+        ) != 0:
+            return -1
+        for i in range(batch):
+            n_resident += vec[i] & 1
+        done += batch
+    return n_resident * <int64_t>real_page_bytes
+
+
+# ---------------------------------------------------------------------------------------------
+# One sparse file
+
+cdef int os_file_create(const char *name, int *fd) noexcept nogil:
+    """Create an empty memfd that only this user may reopen (mode 0600; the default is 0777)."""
+    cdef int error
+    if refused(CALL_MEMFD_CREATE):
+        return errno
+    fd[0] = memfd_create(name, MFD_CLOEXEC)
+    if fd[0] < 0:
+        return errno
+    if refused(CALL_FCHMOD) or fchmod(fd[0], 0o600) != 0:
+        error = errno
+        close(fd[0])
+        fd[0] = -1
+        return error
+    return 0
+
+
+cdef int os_file_close(int fd) noexcept nogil:
+    return errno if close(fd) != 0 else 0
+
+
+cdef int os_file_grow(int fd, int64_t nbytes) noexcept nogil:
+    """Make the file `nbytes` long, sparse: no page is allocated."""
+    if refused(CALL_FTRUNCATE) or ftruncate(fd, nbytes) != 0:
+        return errno
+    return 0
+
+
+cdef int os_file_commit(int fd, int64_t offset, int64_t nbytes) noexcept nogil:
+    """Allocate the file's pages in the range; ENOSPC or ENOMEM instead of a later SIGBUS."""
+    cdef int status = -1
+    while status != 0:
+        if refused(CALL_FALLOCATE):
+            return errno
+        status = fallocate(fd, 0, offset, nbytes)
+        if status != 0 and errno != EINTR:
+            return errno
+    return 0
+
+
+cdef int os_file_punch(int fd, int64_t offset, int64_t nbytes) noexcept nogil:
+    """Give the range's pages back and leave a hole."""
+    cdef int status = -1
+    while status != 0:
+        if refused(CALL_FALLOCATE):
+            return errno
+        status = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, nbytes)
+        if status != 0 and errno != EINTR:
+            return errno
+    return 0
+
+
+cdef int os_file_write(int fd, const void *source, size_t nbytes, int64_t offset) noexcept nogil:
+    """Write all of `source` at `offset`; commits the pages it covers, or fails with a code."""
+    cdef size_t done = 0
+    cdef ssize_t written
+    while done < nbytes:
+        if refused(CALL_PWRITE):
+            return errno
+        written = pwrite(fd, <const char *>source + done, nbytes - done, offset + <int64_t>done)
+        if written < 0 and errno != EINTR:
+            return errno
+        if written > 0:
+            done += <size_t>written
+    return 0
+
+
+cdef int64_t os_file_held_bytes(int fd) noexcept nogil:
+    """Physical bytes of the file; -1 if the kernel refused to say."""
+    cdef struct_stat status
+    if refused(CALL_FSTAT) or fstat(fd, &status) != 0:
+        return -1
+    return <int64_t>status.st_blocks * 512
+
+
+cdef int os_map_file(void *address, size_t nbytes, int fd, int64_t offset) noexcept nogil:
+    """Map the file's range over `address`, shared and writable, replacing what was mapped there."""
+    if refused(CALL_MMAP) or mmap(
+        address, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, offset
+    ) == MAP_FAILED:
+        return errno
+    return 0
+
+
+cdef int os_populate_write(void *address, size_t nbytes) noexcept nogil:
+    """Allocate and map the range's pages at once (Linux 5.14); EINVAL on older kernels."""
+    return os_advise(address, nbytes, MADV_POPULATE_WRITE)
+
+
+cdef int os_protect_read_only(void *address, size_t nbytes) noexcept nogil:
+    if refused(CALL_MPROTECT) or mprotect(address, nbytes, PROT_READ) != 0:
+        return errno
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Fork
+
+cdef void count_fork() noexcept nogil:
+    global fork_generation
+    fork_generation += 1
+
+
+cdef int os_at_fork(fork_hook prepare, fork_hook parent, fork_hook child) noexcept nogil:
+    """Run the hooks around every fork() of this process (also those Python does not know of)."""
+    return pthread_atfork(prepare, parent, child)
+
+
+cdef int64_t os_fork_generation() noexcept nogil:
+    """How many forks lie between this process and the one that imported the package."""
+    return fork_generation
+
+
+# ---------------------------------------------------------------------------------------------
+# The Python face: what the machine has, and refusals for tests
+
+def page_size_bytes() -> int:
+    """Return the size of an OS page in bytes."""
+    return page_bytes
+
+
+def huge_page_size_bytes() -> int:
+    """Return the size of a huge page in bytes, the kernel's PMD size (2 MiB with 4 KiB pages)."""
+    return huge_page_bytes
+
+
+def call_counts() -> dict[str, int]:
+    """Return how often each kernel call was made since import, refused ones included."""
+    return {name: atomic_load_i64(&calls[i].n_calls) for i, name in enumerate(CALL_NAMES)}
+
+
+def refuse(call: str, error: int = _errno.ENOMEM, *, skip: int = 0, times: int = -1) -> None:
+    """Make a kernel call fail, for tests.
+
+    Parameters
+    ----------
+    call : str
+        One of `CALL_NAMES`.
+    error : int
+        The errno value it fails with.
+    skip : int
+        How many calls succeed first.
+    times : int
+        How many calls are refused after those; negative: every one; 0: none (the normal state).
+    """
+    cdef os_call *entry
+    if call not in CALL_NAMES:
+        raise ValueError(f"call={call!r} is none of {', '.join(CALL_NAMES)}")
+    entry = &calls[<int>CALL_NAMES.index(call)]
+    entry.n_let_through = skip
+    entry.refusal_errno = error
+    entry.n_refusals = times
+
+
+@contextmanager
+def refusing(call: str, error: int = _errno.ENOMEM, *, skip: int = 0, times: int = -1):
+    """Make a kernel call fail inside a ``with`` block; see `refuse`."""
+    refuse(call, error, skip=skip, times=times)
+    try:
+        yield
+    finally:
+        refuse(call, times=0)
+
+
+def _ask_machine() -> None:
+    """Set the page sizes.  PAGEALLOC_PAGE_BYTES simulates larger pages (16 or 64 KiB) in tests."""
+    global page_bytes, real_page_bytes, huge_page_bytes
+    real_bytes = os.sysconf("SC_PAGESIZE")
+    wanted_bytes = parse_bytes(option_value("page_bytes") or real_bytes, name="page_bytes")
+    if wanted_bytes < real_bytes or wanted_bytes & (wanted_bytes - 1):
+        raise ValueError(
+            f"PAGEALLOC_PAGE_BYTES={wanted_bytes}: must be a power of two and at least "
+            f"this machine's page of {real_bytes} bytes"
+        )
+    real_page_bytes = real_bytes
+    page_bytes = wanted_bytes
+    huge_page_bytes = max(2 << 20, wanted_bytes)
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", encoding="ascii") as file:
+            huge_page_bytes = max(int(file.read()), wanted_bytes)
+    except (OSError, ValueError):
+        pass  # no THP in this kernel, or not Linux: 2 MiB stays the unit of a chunk
+
+
+_ask_machine()
+if os_at_fork(NULL, NULL, count_fork) != 0:
+    raise MemoryError("pthread_atfork refused to register pagealloc's fork handler")

@@ -1,0 +1,55 @@
+"""The page runs of all arenas of one heap: best fit, coalescing, growth, budget."""
+
+from libc.stdint cimport int64_t, uint8_t
+
+from pagealloc.core.arena cimport arena_t
+from pagealloc.core.free_runs cimport free_runs_t
+from pagealloc.core.mutex cimport mutex_t
+from pagealloc.core.page_map cimport page_map_t
+from pagealloc.core.page_run cimport run_t
+
+cdef enum:
+    ERROR_BUDGET = -1           # beside errno values, which are positive
+
+cdef struct page_heap_t:
+    mutex_t mutex
+    page_map_t *map             # the process's; this heap's arenas are entered into it
+    void *owner                 # what the map's arenas lead to: the heap_t
+    size_t arena_bytes
+    size_t page_bytes
+    int backing
+    int64_t budget_bytes        # -1: none
+    # All below: guarded by `mutex`.
+    free_runs_t free
+    arena_t *arenas
+    int64_t n_arenas
+    int64_t reserved_bytes
+    int64_t committed_bytes     # what may be backed; never above the budget
+    int64_t used_pages          # in runs that are live or slabs
+
+cdef void page_heap_init(
+    page_heap_t *pages, page_map_t *map, void *owner, size_t page_bytes, size_t arena_bytes,
+    int backing, int64_t budget_bytes
+) noexcept nogil
+cdef int page_heap_destroy(page_heap_t *pages) noexcept nogil
+cdef run_t *page_heap_alloc(
+    page_heap_t *pages, int64_t n_pages, size_t align_bytes, uint8_t state, void *slab,
+    bint *fresh, int *error
+) noexcept nogil
+cdef void page_heap_free(page_heap_t *pages, run_t *run, bint was_slab) noexcept nogil
+cdef run_t *page_heap_find(page_heap_t *pages, const char *address) noexcept nogil
+cdef int64_t page_heap_trim(page_heap_t *pages) noexcept nogil
+cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil
+
+cdef struct arena_report_t:
+    char *address
+    int64_t reserved_bytes
+    int64_t committed_bytes
+    int64_t held_bytes          # -1: the kernel refused to say
+    int requested_backing
+    int achieved_backing
+    bint dedicated
+
+cdef int64_t page_heap_report(
+    page_heap_t *pages, arena_report_t *reports, int64_t n_reports
+) noexcept nogil

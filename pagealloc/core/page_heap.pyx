@@ -1,0 +1,346 @@
+"""Page runs of one heap.
+
+Purpose
+    Hand out runs of exactly the pages asked for, from the arenas there are or a new one; merge
+    what comes back; keep within the budget.
+Structure
+    page_heap_alloc -> a free run that fits?  -> carve it
+                    -> a new arena, within the budget (of its own for a large request)
+    page_heap_free  -> merge with free neighbours; a dedicated arena goes back at once
+Invariants
+    those of free_runs; each arena is in the page map from its first to its last chunk
+    reserved_bytes = sum(arena.nbytes); committed_bytes = sum(n_committed * granule_bytes)
+    used_pages = sum of pages of live runs and slabs; committed_bytes <= budget_bytes
+Locking
+    Every function here takes `mutex` itself, but for those that say "locked".  A caller may hold
+    a central list's mutex; nothing else is taken under this one but the page map's.
+Units
+    Pages within, bytes in the ledger.
+"""
+
+from libc.errno cimport ENOMEM
+from libc.stdint cimport int64_t, uint8_t
+from libc.string cimport memset
+
+from pagealloc.core.arena cimport (
+    arena_commit,
+    arena_delete,
+    arena_held_bytes,
+    arena_missing_bytes,
+    arena_new,
+    arena_purge,
+    arena_t,
+)
+from pagealloc.core.free_runs cimport (
+    aligned_start,
+    free_runs_add_arena,
+    free_runs_carve,
+    free_runs_check_arena,
+    free_runs_destroy,
+    free_runs_fit,
+    free_runs_init,
+    free_runs_merge,
+    free_runs_remove_arena,
+)
+from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
+from pagealloc.core.page_map cimport (
+    CHUNK_BYTES,
+    page_map_clear,
+    page_map_find,
+    page_map_set,
+    page_map_t,
+)
+from pagealloc.core.page_run cimport RUN_FREE, RUN_SLAB, run_t, run_tree_check
+
+cdef extern from "poison.h" nogil:
+    void poison "pagealloc_poison"(void *address, size_t nbytes)
+    void unpoison "pagealloc_unpoison"(void *address, size_t nbytes)
+
+
+cdef void page_heap_init(
+    page_heap_t *pages, page_map_t *map, void *owner, size_t page_bytes, size_t arena_bytes,
+    int backing, int64_t budget_bytes
+) noexcept nogil:
+    memset(pages, 0, sizeof(page_heap_t))
+    mutex_init(&pages.mutex, NULL)
+    free_runs_init(&pages.free, <int64_t>page_bytes)
+    pages.map = map
+    pages.owner = owner
+    pages.page_bytes = page_bytes
+    pages.arena_bytes = arena_bytes
+    pages.backing = backing
+    pages.budget_bytes = budget_bytes
+
+
+cdef int page_heap_destroy(page_heap_t *pages) noexcept nogil:
+    """Unmap every arena; nothing may be live.  An errno value, and what is left kept, on refusal."""
+    cdef int error = 0
+    mutex_lock(&pages.mutex)
+    while pages.arenas != NULL and error == 0:
+        error = drop_arena(pages, pages.arenas)
+    mutex_unlock(&pages.mutex)
+    if error == 0:
+        free_runs_destroy(&pages.free)
+        mutex_destroy(&pages.mutex)
+    return error
+
+
+# ---------------------------------------------------------------------------------------------
+# Arenas, locked
+
+cdef arena_t *add_arena(
+    page_heap_t *pages, size_t nbytes, size_t align_bytes, bint dedicated, int *error
+) noexcept nogil:
+    """Reserve an arena and enter it as one free run (of `nbytes` exactly if it is dedicated)."""
+    cdef arena_t *arena = arena_new(nbytes, align_bytes, pages.backing, error)
+    if arena == NULL:
+        return NULL
+    arena.dedicated = dedicated
+    error[0] = page_map_set(
+        pages.map, arena.address, arena.nbytes, pages.owner, arena
+    )
+    if error[0] == 0:
+        error[0] = free_runs_add_arena(
+            &pages.free, arena,
+            <int64_t>(nbytes // pages.page_bytes) if dedicated else arena.n_pages
+        )
+        if error[0]:
+            page_map_clear(pages.map, arena.address, arena.nbytes)
+    if error[0]:
+        arena_delete(arena)
+        return NULL
+    arena.next = pages.arenas
+    if arena.next != NULL:
+        arena.next.previous = arena
+    pages.arenas = arena
+    pages.n_arenas += 1
+    pages.reserved_bytes += <int64_t>arena.nbytes
+    poison(arena.address, arena.nbytes)
+    return arena
+
+
+cdef int drop_arena(page_heap_t *pages, arena_t *arena) noexcept nogil:
+    """Unmap an arena that is one free run.
+
+    If the kernel refuses, its errno value is returned and the arena stays, as an ordinary one
+    whose pages serve the next request.
+    """
+    cdef arena_t gone = arena[0]
+    cdef int error
+    # Out of the map first: once unmapped, the addresses may become another heap's at any moment.
+    page_map_clear(pages.map, gone.address, gone.nbytes)
+    free_runs_remove_arena(&pages.free, arena)
+    unpoison(gone.address, gone.nbytes)
+    error = arena_delete(arena)
+    if error:
+        arena.dedicated = False
+        page_map_set(pages.map, arena.address, arena.nbytes, pages.owner, arena)
+        free_runs_add_arena(&pages.free, arena, arena.n_pages)  # the descriptor just given up
+        poison(arena.address, arena.nbytes)
+        return error
+    if gone.next != NULL:
+        gone.next.previous = gone.previous
+    if gone.previous != NULL:
+        gone.previous.next = gone.next
+    else:
+        pages.arenas = gone.next
+    pages.n_arenas -= 1
+    pages.reserved_bytes -= <int64_t>gone.nbytes
+    pages.committed_bytes -= gone.n_committed * <int64_t>gone.granule_bytes
+    return 0
+
+
+cdef inline bint is_one_free_run(const arena_t *arena) noexcept nogil:
+    cdef run_t *run = arena.run_of_page[0]
+    return run.state == RUN_FREE and (arena.dedicated or run.n_pages == arena.n_pages)
+
+
+cdef int64_t purge_free_runs(page_heap_t *pages) noexcept nogil:
+    """Give back what free runs hold; returns the physical bytes that went back."""
+    cdef int64_t purged_bytes = 0, page, n_committed
+    cdef arena_t *arena = pages.arenas
+    cdef run_t *run
+    while arena != NULL:
+        page = 0
+        n_committed = arena.n_committed
+        while page < arena.n_pages:
+            run = arena.run_of_page[page]
+            if run.state == RUN_FREE:
+                purged_bytes += arena_purge(
+                    arena, run.address, run.n_pages * <int64_t>pages.page_bytes
+                )
+            page = arena.n_pages if arena.dedicated else page + run.n_pages
+        pages.committed_bytes -= (n_committed - arena.n_committed) * <int64_t>arena.granule_bytes
+        arena = arena.next
+    return purged_bytes
+
+
+cdef bint within_budget(
+    page_heap_t *pages, const run_t *run, const char *start, int64_t nbytes
+) noexcept nogil:
+    """True if using the range keeps to the budget, if need be after purging what is free."""
+    cdef const arena_t *arena = <const arena_t *>run.arena
+    if pages.budget_bytes < 0:
+        return True
+    if pages.committed_bytes + arena_missing_bytes(arena, start, nbytes) <= pages.budget_bytes:
+        return True
+    purge_free_runs(pages)
+    return pages.committed_bytes + arena_missing_bytes(arena, start, nbytes) <= pages.budget_bytes
+
+
+cdef void commit(page_heap_t *pages, const run_t *run, bint *fresh) noexcept nogil:
+    cdef arena_t *arena = <arena_t *>run.arena
+    cdef int64_t n_committed = arena.n_committed
+    fresh[0] = arena_commit(arena, run.address, run.n_pages * <int64_t>pages.page_bytes)
+    pages.committed_bytes += (arena.n_committed - n_committed) * <int64_t>arena.granule_bytes
+    pages.used_pages += run.n_pages
+
+
+# ---------------------------------------------------------------------------------------------
+# What others call
+
+cdef run_t *page_heap_alloc(
+    page_heap_t *pages, int64_t n_pages, size_t align_bytes, uint8_t state, void *slab,
+    bint *fresh, int *error
+) noexcept nogil:
+    """A run of exactly `n_pages` that starts on `align_bytes`, in `state` (RUN_LIVE or RUN_SLAB).
+
+    `fresh` tells that the memory is untouched since the kernel gave it, so zero.  NULL with
+    ERROR_BUDGET or an errno value in `error` if it cannot be had; nothing has changed then.
+    """
+    cdef size_t nbytes = <size_t>n_pages * pages.page_bytes
+    cdef bint dedicated = nbytes > pages.arena_bytes // 2 or align_bytes > CHUNK_BYTES
+    cdef run_t *run = NULL
+    cdef arena_t *grown = NULL
+    cdef char *start
+    error[0] = 0
+    mutex_lock(&pages.mutex)
+    if 0 <= pages.budget_bytes < <int64_t>nbytes:
+        error[0] = ERROR_BUDGET     # before the kernel is asked for what can never be used
+    else:
+        if not dedicated:
+            run = free_runs_fit(&pages.free, n_pages, align_bytes)
+        if run == NULL:
+            grown = add_arena(
+                pages, nbytes if dedicated else pages.arena_bytes, align_bytes, dedicated, error
+            )
+            if grown != NULL:
+                run = grown.run_of_page[0]
+    if run != NULL:
+        start = aligned_start(run, align_bytes)
+        if not within_budget(pages, run, start, <int64_t>nbytes):
+            error[0] = ERROR_BUDGET
+        elif not free_runs_carve(&pages.free, run, start, n_pages, state, slab):
+            error[0] = ENOMEM
+        if error[0] == 0:
+            commit(pages, run, fresh)
+            unpoison(run.address, nbytes)
+        elif grown != NULL:
+            drop_arena(pages, grown)
+    mutex_unlock(&pages.mutex)
+    return run if error[0] == 0 else NULL
+
+
+cdef void page_heap_free(page_heap_t *pages, run_t *run, bint was_slab) noexcept nogil:
+    """Take a run back and merge it with its free neighbours.
+
+    The caller has already changed a live run's state to RUN_FREEING (that exchange is what
+    catches a double free), or has emptied the slab that it was.
+    """
+    cdef arena_t *arena = <arena_t *>run.arena
+    mutex_lock(&pages.mutex)
+    poison(run.address, <size_t>run.n_pages * pages.page_bytes)
+    pages.used_pages -= run.n_pages
+    free_runs_merge(&pages.free, run, was_slab)
+    if arena.dedicated:
+        drop_arena(pages, arena)
+    mutex_unlock(&pages.mutex)
+
+
+cdef run_t *page_heap_find(page_heap_t *pages, const char *address) noexcept nogil:
+    """The run that starts at `address`, or the slab that holds it; NULL for anything else."""
+    cdef arena_t *arena
+    cdef run_t *run = NULL
+    mutex_lock(&pages.mutex)    # holds this heap's arenas in place
+    arena = <arena_t *>page_map_find(pages.map, address, pages.owner)
+    if arena != NULL:
+        run = arena.run_of_page[(address - arena.address) // <int64_t>pages.page_bytes]
+        if run != NULL and run.state != RUN_SLAB and run.address != address:
+            run = NULL          # the last page of a run, or a place inside its first
+    mutex_unlock(&pages.mutex)
+    return run
+
+
+cdef int64_t page_heap_trim(page_heap_t *pages) noexcept nogil:
+    """Purge all that is free and unmap empty arenas; returns the physical bytes that went back."""
+    cdef int64_t purged_bytes
+    cdef arena_t *arena
+    cdef arena_t *next_arena
+    mutex_lock(&pages.mutex)
+    purged_bytes = purge_free_runs(pages)
+    arena = pages.arenas
+    while arena != NULL:
+        next_arena = arena.next
+        if is_one_free_run(arena):
+            purged_bytes += arena_held_bytes(arena) if arena.n_committed else 0
+            drop_arena(pages, arena)
+        arena = next_arena
+    mutex_unlock(&pages.mutex)
+    return purged_bytes
+
+
+cdef int64_t page_heap_report(
+    page_heap_t *pages, arena_report_t *reports, int64_t n_reports
+) noexcept nogil:
+    """Fill one report an arena, up to `n_reports`; returns how many arenas there are."""
+    cdef int64_t i = 0
+    cdef arena_t *arena
+    mutex_lock(&pages.mutex)
+    arena = pages.arenas
+    while arena != NULL:
+        if i < n_reports:
+            reports[i].address = arena.address
+            reports[i].reserved_bytes = <int64_t>arena.nbytes
+            reports[i].committed_bytes = arena.n_committed * <int64_t>arena.granule_bytes
+            reports[i].held_bytes = arena_held_bytes(arena)
+            reports[i].requested_backing = arena.requested_backing
+            reports[i].achieved_backing = arena.achieved_backing
+            reports[i].dedicated = arena.dedicated
+        i += 1
+        arena = arena.next
+    mutex_unlock(&pages.mutex)
+    return i
+
+
+cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil:
+    """NULL, or which invariant is broken."""
+    cdef int64_t n_free = 0, used_pages = 0, reserved_bytes = 0, committed_bytes = 0
+    cdef const char *broken = NULL
+    cdef arena_t *arena
+    mutex_lock(&pages.mutex)
+    arena = pages.arenas
+    while arena != NULL and broken == NULL:
+        broken = free_runs_check_arena(&pages.free, arena, &n_free, &used_pages)
+        if broken == NULL and (
+            page_map_find(pages.map, arena.address, pages.owner) != arena
+            or page_map_find(
+                pages.map, arena.address + arena.nbytes - 1, pages.owner
+            ) != arena
+        ):
+            broken = "the page map does not lead to an arena"
+        reserved_bytes += <int64_t>arena.nbytes
+        committed_bytes += arena.n_committed * <int64_t>arena.granule_bytes
+        arena = arena.next
+    if broken == NULL:
+        if run_tree_check(pages.free.tree) != n_free or n_free != pages.free.n_runs:
+            broken = "the tree does not hold exactly the free runs"
+        elif used_pages != pages.used_pages:
+            broken = "used_pages is not the sum of live runs and slabs"
+        elif reserved_bytes != pages.reserved_bytes:
+            broken = "reserved_bytes is not the sum of the arenas"
+        elif committed_bytes != pages.committed_bytes:
+            broken = "committed_bytes is not the sum of the committed granules"
+        elif 0 <= pages.budget_bytes < committed_bytes:
+            broken = "committed_bytes is above the budget"
+    mutex_unlock(&pages.mutex)
+    return broken

@@ -1,0 +1,48 @@
+"""Every exception pagealloc raises, in one place.
+
+Floor 0: imports nothing of pagealloc.  Misuse (a bad size, a closed handle) is a plain
+``ValueError`` or ``TypeError``, a handle still in use is a ``BufferError``; the classes here
+are for what a program may want to catch by name.
+"""
+
+__all__ = [
+    "BackingUnavailableError",
+    "ClosedError",
+    "ForkedError",
+    "InvariantError",
+    "OutOfMemoryError",
+    "PageBoundaryError",
+    "PageallocError",
+]
+
+
+class PageallocError(Exception):
+    """Base of all pagealloc exceptions."""
+
+
+class OutOfMemoryError(PageallocError, MemoryError):
+    """The budget or the kernel refused memory.
+
+    Nothing was handed out and nothing was lost: the allocator or cache stays usable, and the
+    message says what was asked, what is held, and what would help.
+    """
+
+
+class BackingUnavailableError(PageallocError, OSError):
+    """The backing asked for by name (``"hugetlb"``, ``"thp"``) cannot be had on this machine."""
+
+
+class PageBoundaryError(PageallocError, IndexError):
+    """An access would leave the committed rows of a sequence, or its window."""
+
+
+class ForkedError(PageallocError, RuntimeError):
+    """A KV cache was to be changed in a process that inherited it through ``os.fork()``."""
+
+
+class ClosedError(PageallocError, ValueError):
+    """The handle was used after ``close()``."""
+
+
+class InvariantError(PageallocError, AssertionError):
+    """``check()`` found a broken invariant: a defect of pagealloc, please report it."""

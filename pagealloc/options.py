@@ -1,0 +1,68 @@
+"""Every tunable of pagealloc, in one table.
+
+Floor 0.  Documentation, the command line and the defaults read this table; an environment
+variable overrides a default, an argument overrides both.
+"""
+
+import os
+from dataclasses import dataclass
+
+__all__ = ["OPTIONS", "Option", "option_value"]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One tunable: its name, default (as text), unit, environment variable, and meaning."""
+
+    name: str
+    default: str | None
+    unit: str
+    env: str
+    meaning: str
+
+
+OPTIONS = {
+    option.name: option
+    for option in (
+        Option(
+            "backing",
+            "auto",
+            "auto, hugetlb, thp or base",
+            "PAGEALLOC_BACKING",
+            "What stands behind the arenas of the default allocator.",
+        ),
+        Option(
+            "arena_bytes",
+            "64MiB",
+            "bytes",
+            "PAGEALLOC_ARENA_BYTES",
+            "Address space the default allocator reserves at a time.",
+        ),
+        Option(
+            "budget_bytes",
+            None,
+            "bytes",
+            "PAGEALLOC_BUDGET_BYTES",
+            "Hard limit of the default allocator's memory; unset: none.",
+        ),
+        Option(
+            "page_bytes",
+            None,
+            "bytes",
+            "PAGEALLOC_PAGE_BYTES",
+            "For tests: work in pages larger than the machine's; unset: the machine's.",
+        ),
+    )
+}
+
+
+def option_value(name: str) -> str | None:
+    """Return an option's value: its environment variable if set and not empty, else its default.
+
+    Raises
+    ------
+    KeyError
+        There is no such option.
+    """
+    option = OPTIONS[name]
+    return os.environ.get(option.env) or option.default

@@ -1,0 +1,116 @@
+"""Builds the Cython core; everything else is said in pyproject.toml.
+
+Every ``.pyx`` under ``pagealloc/`` becomes one extension module of the same name.  Two environment
+variables choose another build, kept in a folder of its own under ``build/``:
+
+``PAGEALLOC_SANITIZE=address|thread|undefined``
+    instrument with that sanitizer.
+``PAGEALLOC_LINETRACE=1``
+    let coverage see Cython lines.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SANITIZERS = ("address", "thread", "undefined")
+DIRECTIVES = {
+    "language_level": 3,
+    "binding": True,
+    "boundscheck": False,
+    "wraparound": False,
+    "cdivision": True,
+    "initializedcheck": False,
+    # Signatures of C-level classes in the form that inspect.signature() reads.
+    "embedsignature": True,
+    "embedsignature.format": "clinic",
+}
+
+sanitizer = os.environ.get("PAGEALLOC_SANITIZE", "")
+linetrace = os.environ.get("PAGEALLOC_LINETRACE", "") not in ("", "0")
+if sanitizer and sanitizer not in SANITIZERS:
+    sys.exit(f"PAGEALLOC_SANITIZE={sanitizer!r}: expected one of {', '.join(SANITIZERS)}")
+flavour = "-".join(filter(None, [sanitizer, "linetrace" if linetrace else ""]))
+
+compile_args = ["-std=c11", "-pthread", "-fvisibility=hidden"]
+# A call of an undeclared function compiles with a warning, and then cuts its pointers to 32 bits.
+compile_args += ["-Werror=implicit-function-declaration"]
+link_args = ["-pthread"]
+macros: list[tuple[str, str | None]] = [("_GNU_SOURCE", None)]
+if sanitizer:
+    compile_args += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizer}"]
+    link_args += [f"-fsanitize={sanitizer}"]
+else:
+    compile_args += ["-O3", "-g0"]
+if linetrace:
+    DIRECTIVES |= {"linetrace": True}
+    macros += [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")]
+
+
+def extensions() -> list[Extension]:
+    """One extension per ``.pyx``; all are rebuilt when a header or this file changes."""
+    os.chdir(ROOT)  # setuptools wants paths relative to this file
+    headers = sorted(str(path) for path in Path("pagealloc").rglob("*.h"))
+    return [
+        Extension(
+            ".".join(source.with_suffix("").parts),
+            [str(source)],
+            depends=["setup.py", *headers],
+            include_dirs=sorted({"pagealloc/core", str(source.parent)}),
+            define_macros=macros,
+            extra_compile_args=compile_args,
+            extra_link_args=link_args,
+        )
+        for source in sorted(Path("pagealloc").rglob("*.pyx"))
+    ]
+
+
+class Build(build):
+    """Forget what an earlier build left of modules since removed, or the wheel ships them."""
+
+    def run(self) -> None:
+        built = Path(self.build_lib)
+        for path in list(built.rglob("*")):
+            stem = Path(path.parent.relative_to(built), path.name.partition(".")[0])
+            is_extension = path.suffix in (".so", ".pyd")
+            source = stem.with_suffix(".pyx") if is_extension else path.relative_to(built)
+            if path.is_file() and not source.exists():
+                path.unlink()
+        super().run()
+
+
+class BuildExt(build_ext):
+    """Cython runs here rather than at the top: the sdist lists ``.pyx``, and needs no compiler."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
+    def build_extensions(self) -> None:
+        from Cython.Build import cythonize
+
+        generated = Path(self.build_temp).parent / "cython"  # the same for all Python versions
+        recipe_ns = (ROOT / "setup.py").stat().st_mtime_ns
+        modules = cythonize(
+            self.extensions,
+            build_dir=str(generated),
+            compiler_directives=DIRECTIVES,
+            nthreads=os.cpu_count() or 1,
+            force=any(c.stat().st_mtime_ns < recipe_ns for c in generated.rglob("*.c")),
+        )
+        c_files = {module.name: module.sources for module in modules}
+        for extension in self.extensions:
+            extension.sources = c_files[extension.name]
+        super().build_extensions()
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build": Build, "build_ext": BuildExt},
+    options={"build": {"build_base": str(Path("build", flavour))}},
+)
