@@ -4,18 +4,11 @@ The GIL protects nothing below the Buffer: whatever two threads may touch withou
 goes through these.
 """
 
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t
 
 cdef extern from * nogil:
     """
     #include <stdint.h>
-    static inline uint8_t pagealloc_exchange_u8(uint8_t *target, uint8_t value)
-    { return __atomic_exchange_n(target, value, __ATOMIC_ACQ_REL); }
-    static inline uint8_t pagealloc_load_u8(const uint8_t *target)
-    { return __atomic_load_n(target, __ATOMIC_ACQUIRE); }
-    static inline int pagealloc_cas_u8(uint8_t *target, uint8_t expected, uint8_t value)
-    { return __atomic_compare_exchange_n(target, &expected, value, 0,
-                                         __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE); }
     static inline int64_t pagealloc_add_i64(int64_t *target, int64_t value)
     { return __atomic_add_fetch(target, value, __ATOMIC_RELAXED); }
     static inline int64_t pagealloc_load_i64(const int64_t *target)
@@ -25,9 +18,6 @@ cdef extern from * nogil:
     static inline void pagealloc_store_ptr(void **target, void *value)
     { __atomic_store_n(target, value, __ATOMIC_RELEASE); }
     """
-    uint8_t atomic_exchange_u8 "pagealloc_exchange_u8"(uint8_t *target, uint8_t value)
-    uint8_t atomic_load_u8 "pagealloc_load_u8"(const uint8_t *target)
-    bint atomic_cas_u8 "pagealloc_cas_u8"(uint8_t *target, uint8_t expected, uint8_t value)
     int64_t atomic_add_i64 "pagealloc_add_i64"(int64_t *target, int64_t value)
     int64_t atomic_load_i64 "pagealloc_load_i64"(const int64_t *target)
     void *atomic_load_ptr "pagealloc_load_ptr"(void **target)

@@ -1,17 +1,10 @@
 """The central list of one size class: slabs of equal slots."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pagealloc.core.mutex cimport mutex_t
 from pagealloc.core.page_heap cimport page_heap_t
 from pagealloc.core.page_run cimport run_t
-
-cdef enum:
-    SLOT_FREE = 0
-    SLOT_LIVE = 1
-    FREED = 0               # what a free returns: done,
-    NOT_OURS = 1            # no slot or run of this heap starts there,
-    NOT_LIVE = 2            # or it is free already
 
 cdef struct slab_t:
     run_t *run
@@ -20,8 +13,7 @@ cdef struct slab_t:
     slab_t *previous
     uint32_t n_free
     uint32_t first_word     # no bit is set in the words before it
-    uint64_t *free_bits     # a bit a slot: it can be handed out
-    uint8_t *states         # a byte a slot: changed by atomic exchange, so a double free is caught
+    uint64_t *free_bits     # a bit a slot: it can be handed out, so freeing it again is caught
 
 cdef struct central_t:
     mutex_t mutex

@@ -5,27 +5,31 @@ Purpose
 Structure
     central --partial--> slab <-> slab <-> ...      slabs with a free slot and a live one
             --empty----> slab                       at most one
-    slab:  run  | free_bits 0110...1 | states LFFL...F |      all outside the slots themselves
+    slab:  run  | free_bits 0110...1      all outside the slots themselves
 Invariants
     a slot never straddles a page: slot i starts at page i // n_slots_per_page of its run, at a
     multiple of slot_bytes
-    n_free = popcount(free_bits); free_bits[i] = 1 => states[i] = SLOT_FREE
+    n_free = popcount(free_bits); no bit before first_word is set; a slab's run leads back to it
     n_live = sum(n_slots - n_free) over all slabs; full slabs are in no list
 Locking
-    `mutex` for all but `states`, which change by atomic exchange before the mutex is taken.
-    Under it the page heap's mutex may be taken.
+    `mutex` for everything; under it the page heap's mutex may be taken.
 Units
     Slots; bytes where named.
 """
 
 from libc.errno cimport ENOMEM
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from pagealloc.core.atomics cimport atomic_cas_u8
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
-from pagealloc.core.page_heap cimport page_heap_alloc, page_heap_free
+from pagealloc.core.page_heap cimport (
+    FREED,
+    NOT_LIVE,
+    NOT_OURS,
+    page_heap_alloc,
+    page_heap_free_slab,
+)
 from pagealloc.core.page_run cimport RUN_SLAB, run_t
 from pagealloc.core.size_class cimport SLAB_BYTES
 
@@ -84,15 +88,12 @@ cdef slab_t *new_slab(central_t *central, int *error) noexcept nogil:
     cdef uint32_t i
     cdef bint fresh
     if slab == NULL:
-        slab = <slab_t *>calloc(
-            1, sizeof(slab_t) + n_words(central) * sizeof(uint64_t) + central.n_slots
-        )
+        slab = <slab_t *>calloc(1, sizeof(slab_t) + n_words(central) * sizeof(uint64_t))
         if slab == NULL:
             error[0] = ENOMEM
             return NULL
         slab.central = central
         slab.free_bits = <uint64_t *>(slab + 1)
-        slab.states = <uint8_t *>(slab.free_bits + n_words(central))
     else:
         central.unused = slab.next
     slab.run = page_heap_alloc(
@@ -115,7 +116,7 @@ cdef slab_t *new_slab(central_t *central, int *error) noexcept nogil:
 
 cdef void drop_slab(central_t *central, slab_t *slab) noexcept nogil:
     """Give a wholly free slab's run back."""
-    page_heap_free(central.pages, slab.run, True)
+    page_heap_free_slab(central.pages, slab.run)
     slab.run = NULL
     slab.next = central.unused
     central.unused = slab
@@ -175,7 +176,6 @@ cdef char *central_alloc(central_t *central, int *error) noexcept nogil:
         if slab.n_free == 0:
             unlink_partial(central, slab)
         central.n_live += 1
-        atomic_cas_u8(&slab.states[i], SLOT_FREE, SLOT_LIVE)
         address = slot_address(central, slab, i)
         unpoison(address, central.slot_bytes)
     mutex_unlock(&central.mutex)
@@ -185,19 +185,30 @@ cdef char *central_alloc(central_t *central, int *error) noexcept nogil:
 cdef int central_free(slab_t *slab, char *address) noexcept nogil:
     """Take a slot back: FREED, NOT_OURS for a place inside one, NOT_LIVE for one that is free."""
     cdef central_t *central = <central_t *>slab.central
+    cdef int outcome
+    mutex_lock(&central.mutex)
+    outcome = take_back(central, slab, address)
+    mutex_unlock(&central.mutex)
+    return outcome
+
+
+cdef int take_back(central_t *central, slab_t *slab, char *address) noexcept nogil:
     cdef size_t page_bytes = central.pages.page_bytes
-    cdef size_t offset = <size_t>(address - slab.run.address)
-    cdef uint32_t in_page = <uint32_t>(offset % page_bytes)
-    cdef uint32_t i = (
-        <uint32_t>(offset // page_bytes) * central.n_slots_per_page
-        + in_page // central.slot_bytes
-    )
+    cdef size_t offset
+    cdef uint32_t in_page, i
+    # A slab that another thread has just emptied: its descriptor is unused, or leads elsewhere.
+    if slab.run == NULL or address < slab.run.address:
+        return NOT_LIVE
+    offset = <size_t>(address - slab.run.address)
+    if offset >= <size_t>central.slab_pages * page_bytes:
+        return NOT_LIVE
+    in_page = <uint32_t>(offset % page_bytes)
     if in_page % central.slot_bytes or in_page // central.slot_bytes >= central.n_slots_per_page:
         return NOT_OURS
-    if not atomic_cas_u8(&slab.states[i], SLOT_LIVE, SLOT_FREE):
+    i = <uint32_t>(offset // page_bytes) * central.n_slots_per_page + in_page // central.slot_bytes
+    if (slab.free_bits[i // 64] >> (i % 64)) & 1:
         return NOT_LIVE
     poison(address, central.slot_bytes)
-    mutex_lock(&central.mutex)
     slab.free_bits[i // 64] |= <uint64_t>1 << (i % 64)
     if i // 64 < slab.first_word:
         slab.first_word = i // 64
@@ -211,7 +222,6 @@ cdef int central_free(slab_t *slab, char *address) noexcept nogil:
             central.empty = slab
         else:
             drop_slab(central, slab)
-    mutex_unlock(&central.mutex)
     return FREED
 
 
@@ -236,9 +246,6 @@ cdef const char *check_slab(
             return "a slab has a free slot before first_word"
     if n_free != slab.n_free:
         return "a slab's n_free is not its number of free bits"
-    for i in range(central.n_slots):
-        if (slab.free_bits[i // 64] >> (i % 64)) & 1 and slab.states[i] != SLOT_FREE:
-            return "a slot that can be handed out is live"
     n_used[0] = central.n_slots - n_free
     return NULL
 

@@ -22,7 +22,7 @@ cdef char *aligned_start(const run_t *run, size_t align_bytes) noexcept nogil
 cdef bint free_runs_carve(
     free_runs_t *free, run_t *run, char *start, int64_t n_pages, uint8_t state, void *slab
 ) noexcept nogil
-cdef void free_runs_merge(free_runs_t *free, run_t *run, bint was_slab) noexcept nogil
+cdef void free_runs_merge(free_runs_t *free, run_t *run) noexcept nogil
 cdef const char *free_runs_check_arena(
     const free_runs_t *free, arena_t *arena, int64_t *n_free, int64_t *used_pages
 ) noexcept nogil

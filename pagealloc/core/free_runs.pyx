@@ -168,14 +168,13 @@ cdef void absorb(free_runs_t *free, run_t *run, run_t *neighbour) noexcept nogil
     run_delete(&free.pool, neighbour)
 
 
-cdef void free_runs_merge(free_runs_t *free, run_t *run, bint was_slab) noexcept nogil:
-    """Enter a run that was in use, together with its free neighbours."""
+cdef void free_runs_merge(free_runs_t *free, run_t *run) noexcept nogil:
+    """Enter a run that was live or a slab, together with its free neighbours."""
     cdef arena_t *arena = <arena_t *>run.arena
     cdef int64_t first = page_of(free, run)
     cdef int64_t end = first + run.n_pages
-    run.slab = NULL
-    run.state = RUN_SLAB if was_slab else RUN_FREE
     mark(free, run, NULL)
+    run.slab = NULL
     run.state = RUN_FREE
     # The pages after a dedicated arena's run are nobody's: NULL, hence no neighbour.
     absorb(free, run, arena.run_of_page[end] if end < arena.n_pages else NULL)

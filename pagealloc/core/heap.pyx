@@ -22,11 +22,8 @@ import os
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from pagealloc.core.atomics cimport atomic_add_i64, atomic_cas_u8, atomic_load_i64
+from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64
 from pagealloc.core.central cimport (
-    FREED,
-    NOT_LIVE,
-    NOT_OURS,
     central_alloc,
     central_check,
     central_destroy,
@@ -40,18 +37,21 @@ from pagealloc.core.mutex cimport mutex_init, mutex_lock, mutex_t, mutex_unlock
 from pagealloc.core.os_memory cimport os_at_fork, os_huge_page_bytes, os_page_bytes
 from pagealloc.core.page_heap cimport (
     ERROR_BUDGET,
+    FREED,
+    IN_SLAB,
+    NOT_LIVE,
+    NOT_OURS,
     arena_report_t,
     page_heap_alloc,
     page_heap_check,
     page_heap_destroy,
-    page_heap_find,
-    page_heap_free,
+    page_heap_free_at,
     page_heap_init,
     page_heap_report,
     page_heap_trim,
 )
 from pagealloc.core.page_map cimport page_map_init, page_map_t
-from pagealloc.core.page_run cimport RUN_FREEING, RUN_LIVE, RUN_SLAB, run_t
+from pagealloc.core.page_run cimport RUN_LIVE, run_t
 from pagealloc.core.size_class cimport (
     NO_CLASS,
     SLOT_UNIT_BYTES,
@@ -201,20 +201,13 @@ cdef inline char *heap_try(
 
 cdef int heap_free(heap_t *heap, char *address) noexcept nogil:
     """Take back what heap_alloc gave: FREED, or NOT_OURS / NOT_LIVE and nothing changed."""
-    cdef run_t *run = page_heap_find(&heap.pages, address)
-    cdef int outcome
-    if run == NULL:
-        return NOT_OURS
-    if run.state == RUN_SLAB:
-        outcome = central_free(<slab_t *>run.slab, address)
-        if outcome != FREED:
-            return outcome
-    elif atomic_cas_u8(&run.state, RUN_LIVE, RUN_FREEING):
-        page_heap_free(&heap.pages, run, False)
-    else:
-        return NOT_LIVE
-    atomic_add_i64(&heap.n_frees, 1)
-    return FREED
+    cdef void *slab = NULL
+    cdef int outcome = page_heap_free_at(&heap.pages, address, &slab)
+    if outcome == IN_SLAB:
+        outcome = central_free(<slab_t *>slab, address)
+    if outcome == FREED:
+        atomic_add_i64(&heap.n_frees, 1)
+    return outcome
 
 
 cdef int64_t heap_trim(heap_t *heap) noexcept nogil:
@@ -252,8 +245,9 @@ cdef class Heap:
             raise OutOfMemoryError("no memory for the tables of an allocator")
 
     def __dealloc__(self):
-        # Nothing is live: every Buffer holds a reference to its heap.
-        if self.heap != NULL:
+        # Every Buffer holds a reference to its heap, so what is still live belongs to callers by
+        # address.  Unmapping would pull it away from under them: the heap is left to the process.
+        if self.heap != NULL and self.heap.n_allocs == self.heap.n_frees:
             with nogil:
                 heap_delete(self.heap)
 
@@ -463,6 +457,47 @@ cdef class Heap:
             f"{self.heap.n_allocs - self.heap.n_frees} live, "
             f"{format_bytes(self.heap.pages.committed_bytes)} committed of "
             f"{format_bytes(self.heap.pages.reserved_bytes)} reserved>"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# The nogil calls by address, as C callers use them; misuse is an error there as well
+
+def alloc_address(Heap heap, nbytes: int, align_bytes: int = 0) -> int:
+    """Allocate without a Buffer and return the address; `free_address` must take it back."""
+    cdef heap_t *c_heap = heap.open_heap()
+    cdef size_t length = parse_bytes(nbytes)
+    cdef size_t align = align_bytes
+    cdef bint fresh
+    cdef int error
+    cdef char *address
+    with nogil:
+        address = heap_alloc(c_heap, length, align, &fresh, &error)
+    if address == NULL:
+        raise heap.refusal(length, align, error)
+    return <uintptr_t>address
+
+
+def free_address(Heap heap, address: int) -> None:
+    """Give back what `alloc_address` gave.
+
+    Raises
+    ------
+    ValueError
+        No slot or run of this heap starts at `address`, or it is free already; nothing was
+        changed.
+    """
+    cdef heap_t *c_heap = heap.open_heap()
+    cdef char *c_address = <char *><uintptr_t>address
+    cdef int outcome
+    with nogil:
+        outcome = heap_free(c_heap, c_address)
+    if outcome == NOT_LIVE:
+        raise ValueError(f"double free: the slot at {address:#x} is free already")
+    if outcome == NOT_OURS:
+        raise ValueError(
+            f"foreign pointer: no live slot or run of this allocator starts at {address:#x} "
+            f"(freed already, inside a slot, or another allocator's)"
         )
 
 

@@ -18,6 +18,7 @@ cdef extern from "os_compat.h" nogil:
 # Asked of the machine once, at import.
 cdef size_t os_page_bytes() noexcept nogil
 cdef size_t os_huge_page_bytes() noexcept nogil
+cdef int64_t os_max_mappings() noexcept nogil
 
 # --- private anonymous memory: arenas and metadata ---
 cdef void *os_reserve(size_t nbytes, size_t align_bytes) noexcept nogil

@@ -89,6 +89,7 @@ cdef os_call calls[N_CALLS]
 cdef size_t page_bytes
 cdef size_t real_page_bytes   # what the kernel counts in; equals page_bytes outside tests
 cdef size_t huge_page_bytes
+cdef int64_t max_mappings
 cdef int64_t fork_generation = 0
 
 
@@ -113,6 +114,11 @@ cdef size_t os_page_bytes() noexcept nogil:
 
 cdef size_t os_huge_page_bytes() noexcept nogil:
     return huge_page_bytes
+
+
+cdef int64_t os_max_mappings() noexcept nogil:
+    """How many mappings the kernel lets one process have (vm.max_map_count)."""
+    return max_mappings
 
 
 # ---------------------------------------------------------------------------------------------
@@ -368,7 +374,7 @@ def refusing(call: str, error: int = _errno.ENOMEM, *, skip: int = 0, times: int
 
 def _ask_machine() -> None:
     """Set the page sizes.  PAGEALLOC_PAGE_BYTES simulates larger pages (16 or 64 KiB) in tests."""
-    global page_bytes, real_page_bytes, huge_page_bytes
+    global page_bytes, real_page_bytes, huge_page_bytes, max_mappings
     real_bytes = os.sysconf("SC_PAGESIZE")
     wanted_bytes = parse_bytes(option_value("page_bytes") or real_bytes, name="page_bytes")
     if wanted_bytes < real_bytes or wanted_bytes & (wanted_bytes - 1):
@@ -384,6 +390,12 @@ def _ask_machine() -> None:
             huge_page_bytes = max(int(file.read()), wanted_bytes)
     except (OSError, ValueError):
         pass  # no THP in this kernel, or not Linux: 2 MiB stays the unit of a chunk
+    max_mappings = 65530
+    try:
+        with open("/proc/sys/vm/max_map_count", encoding="ascii") as file:
+            max_mappings = int(file.read())
+    except (OSError, ValueError):
+        pass  # not Linux: its default is as good a guess as any
 
 
 _ask_machine()

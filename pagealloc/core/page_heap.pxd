@@ -11,6 +11,12 @@ from pagealloc.core.page_run cimport run_t
 cdef enum:
     ERROR_BUDGET = -1           # beside errno values, which are positive
 
+cdef enum:                      # what a free by address comes to
+    FREED = 0
+    NOT_OURS = 1                # no slot or run of this heap starts there
+    NOT_LIVE = 2                # it is free already
+    IN_SLAB = 3                 # the page heap's answer: ask the slab
+
 cdef struct page_heap_t:
     mutex_t mutex
     page_map_t *map             # the process's; this heap's arenas are entered into it
@@ -36,8 +42,8 @@ cdef run_t *page_heap_alloc(
     page_heap_t *pages, int64_t n_pages, size_t align_bytes, uint8_t state, void *slab,
     bint *fresh, int *error
 ) noexcept nogil
-cdef void page_heap_free(page_heap_t *pages, run_t *run, bint was_slab) noexcept nogil
-cdef run_t *page_heap_find(page_heap_t *pages, const char *address) noexcept nogil
+cdef void page_heap_free_slab(page_heap_t *pages, run_t *run) noexcept nogil
+cdef int page_heap_free_at(page_heap_t *pages, char *address, void **slab) noexcept nogil
 cdef int64_t page_heap_trim(page_heap_t *pages) noexcept nogil
 cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil
 

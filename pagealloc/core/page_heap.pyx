@@ -6,7 +6,7 @@ Purpose
 Structure
     page_heap_alloc -> a free run that fits?  -> carve it
                     -> a new arena, within the budget (of its own for a large request)
-    page_heap_free  -> merge with free neighbours; a dedicated arena goes back at once
+    page_heap_free_at -> merge with free neighbours; a dedicated arena goes back at once
 Invariants
     those of free_runs; each arena is in the page map from its first to its last chunk
     reserved_bytes = sum(arena.nbytes); committed_bytes = sum(n_committed * granule_bytes)
@@ -50,7 +50,7 @@ from pagealloc.core.page_map cimport (
     page_map_set,
     page_map_t,
 )
-from pagealloc.core.page_run cimport RUN_FREE, RUN_SLAB, run_t, run_tree_check
+from pagealloc.core.page_run cimport RUN_FREE, RUN_LIVE, RUN_SLAB, run_t, run_tree_check
 
 cdef extern from "poison.h" nogil:
     void poison "pagealloc_poison"(void *address, size_t nbytes)
@@ -241,34 +241,47 @@ cdef run_t *page_heap_alloc(
     return run if error[0] == 0 else NULL
 
 
-cdef void page_heap_free(page_heap_t *pages, run_t *run, bint was_slab) noexcept nogil:
-    """Take a run back and merge it with its free neighbours.
-
-    The caller has already changed a live run's state to RUN_FREEING (that exchange is what
-    catches a double free), or has emptied the slab that it was.
-    """
+cdef void take_back(page_heap_t *pages, run_t *run) noexcept nogil:
+    """Merge a run that was in use with its free neighbours; its dedicated arena goes."""
     cdef arena_t *arena = <arena_t *>run.arena
-    mutex_lock(&pages.mutex)
     poison(run.address, <size_t>run.n_pages * pages.page_bytes)
     pages.used_pages -= run.n_pages
-    free_runs_merge(&pages.free, run, was_slab)
+    free_runs_merge(&pages.free, run)
     if arena.dedicated:
-        drop_arena(pages, arena)
+        drop_arena(pages, arena)    # refused: it stays, for the next request
+
+
+cdef void page_heap_free_slab(page_heap_t *pages, run_t *run) noexcept nogil:
+    """Take back the run of a slab whose slots are all free."""
+    mutex_lock(&pages.mutex)
+    take_back(pages, run)
     mutex_unlock(&pages.mutex)
 
 
-cdef run_t *page_heap_find(page_heap_t *pages, const char *address) noexcept nogil:
-    """The run that starts at `address`, or the slab that holds it; NULL for anything else."""
+cdef int page_heap_free_at(page_heap_t *pages, char *address, void **slab) noexcept nogil:
+    """Take back the live run that starts at `address`: FREED, NOT_OURS or NOT_LIVE.
+
+    IN_SLAB, with the slab that holds it, for an address in one.  All under one hold of the mutex:
+    of several threads that free the same address, exactly one succeeds.
+    """
     cdef arena_t *arena
     cdef run_t *run = NULL
-    mutex_lock(&pages.mutex)    # holds this heap's arenas in place
+    cdef int outcome = NOT_OURS
+    mutex_lock(&pages.mutex)
     arena = <arena_t *>page_map_find(pages.map, address, pages.owner)
     if arena != NULL:
         run = arena.run_of_page[(address - arena.address) // <int64_t>pages.page_bytes]
-        if run != NULL and run.state != RUN_SLAB and run.address != address:
-            run = NULL          # the last page of a run, or a place inside its first
+    if run != NULL and run.state == RUN_SLAB:
+        slab[0] = run.slab
+        outcome = IN_SLAB
+    elif run != NULL and run.address == address:    # not the last page, not inside the first
+        if run.state == RUN_LIVE:
+            take_back(pages, run)
+            outcome = FREED
+        else:
+            outcome = NOT_LIVE
     mutex_unlock(&pages.mutex)
-    return run
+    return outcome
 
 
 cdef int64_t page_heap_trim(page_heap_t *pages) noexcept nogil:

@@ -1,8 +1,6 @@
 """Page runs: their descriptors, and the free ones ordered for best fit.
 
-Descriptors live outside the memory they describe.  They come from a pool that never gives memory
-back to libc while its heap lives, so a stale pointer to one (after a caller's double free) still
-points to a descriptor, and is recognised by its state.
+Descriptors live outside the memory they describe, in a pool of their own that grows by 64 KiB.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint8_t
@@ -12,7 +10,6 @@ cdef enum:
     RUN_FREE = 1        # in the tree
     RUN_LIVE = 2        # handed out
     RUN_SLAB = 3        # cut into slots
-    RUN_FREEING = 4     # given back by its owner, not yet merged
 
 cdef struct run_t:
     char *address
@@ -22,7 +19,7 @@ cdef struct run_t:
     run_t *left             # RUN_FREE: the tree; RUN_UNUSED: `left` is the pool's next
     run_t *right
     uint32_t priority
-    uint8_t state           # RUN_LIVE -> RUN_FREEING by atomic exchange: a double free is caught
+    uint8_t state
 
 cdef struct run_pool_t:
     run_t *unused

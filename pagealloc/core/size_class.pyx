@@ -21,7 +21,7 @@ cdef void size_classes_init(size_classes_t *table, size_t page_bytes) noexcept n
     """Fill `table` for pages of `page_bytes`.
 
     Candidates are page_bytes / k rounded down to 64 bytes: the largest slot of which k fit in a
-    page.  From each candidate the next is at least an eighth larger, except that no power of two
+    page.  From each candidate the next is at least a tenth larger, except that no power of two
     is left out; with 4 KiB pages that makes 14 classes.
     """
     cdef size_t n_slots, slot, last = 0, unit
@@ -33,7 +33,7 @@ cdef void size_classes_init(size_classes_t *table, size_t page_bytes) noexcept n
         slot = page_bytes // n_slots // SLOT_UNIT_BYTES * SLOT_UNIT_BYTES
         if slot == last or table.n_classes == MAX_CLASSES:
             continue
-        if slot & (slot - 1) == 0 or slot * 8 >= last * 9:
+        if slot & (slot - 1) == 0 or slot * 10 >= last * 11:
             table.slot_bytes[table.n_classes] = <uint32_t>slot
             table.n_classes += 1
             last = slot

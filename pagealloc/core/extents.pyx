@@ -1,0 +1,362 @@
+# cython: annotation_typing=False
+"""ExtentStore: one memfd, the page source of windows.
+
+Purpose
+    The Python face of `extent_pages`: opens and closes a store, shows its numbers, turns codes
+    into exceptions.
+Structure
+    ExtentStore -> store_t (extent_pages) -> memfd
+Invariants
+    those of extent_pages and store_registry
+Locking
+    The store's mutex.  Taking it with the GIL held is safe, for nobody who holds it waits for
+    the GIL; letting go of the GIL first is kinder to other threads.
+Units
+    Bytes; pages in store_t.
+"""
+
+import errno as _errno
+import os
+from typing import NamedTuple
+
+cimport cython
+from libc.stdint cimport INT64_MAX, int64_t
+from libc.stdlib cimport calloc, free
+
+from pagealloc.core.extent_pages cimport (
+    STORE_CLOSED,
+    STORE_FORKED,
+    STORE_OVER_BUDGET,
+    store_broken_invariant,
+    store_close_file,
+    store_enter,
+    store_leave,
+    store_retry_punches,
+    store_t,
+    store_try_enter,
+    store_wait,
+)
+from pagealloc.core.mutex cimport mutex_destroy, mutex_init
+from pagealloc.core.os_memory cimport (
+    os_file_create,
+    os_file_held_bytes,
+    os_fork_generation,
+    os_max_mappings,
+    os_page_bytes,
+)
+from pagealloc.core.store_registry cimport registry_add, registry_remove
+from pagealloc.core.window_pages cimport windows_close_abandoned, windows_forget_abandoned
+
+from pagealloc.errors import ClosedError, ForkedError, InvariantError, OutOfMemoryError
+from pagealloc.units import format_bytes, parse_bytes
+
+cdef int64_t page_bytes = os_page_bytes()
+MAX_NAME_BYTES = 200    # the kernel's limit is 249 with the prefix it adds
+
+# What the kernel says when memory, of one kind or another, has run out.
+OUT_OF_MEMORY = (
+    _errno.ENOMEM, _errno.ENOSPC, _errno.EAGAIN, _errno.EFAULT, _errno.EDQUOT, _errno.EFBIG,
+)
+
+
+# ---------------------------------------------------------------------------------------------
+# The Python face
+
+class ExtentStats(NamedTuple):
+    """The numbers of an `ExtentStore` at one moment; see its attributes of the same names."""
+
+    page_bytes: int
+    budget_bytes: int | None
+    committed_bytes: int
+    held_bytes: int
+    shared_bytes: int
+    stale_bytes: int
+    n_mappings: int
+    n_windows: int
+
+
+@cython.final
+@cython.no_gc
+cdef class ExtentStore:
+    """One memfd, the page source of `Window` objects that may share its pages.
+
+    Parameters
+    ----------
+    budget_bytes : int or str, optional
+        Most bytes that may be committed at a time, such as ``"2GiB"``; hard.  None: no limit but
+        the machine's.
+    name : str
+        Shown by the kernel in ``/proc/self/maps`` as ``/memfd:NAME``.
+    max_mappings : int, optional
+        While the process's windows cost more mappings than this, sharing copies instead of
+        mapping.  Half of ``vm.max_map_count`` by default.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A budget that is no size, or a name the kernel would refuse.
+    OutOfMemoryError
+        The kernel refused a file.
+
+    Notes
+    -----
+    Thread-safe.  A store belongs to one owner: nothing zeroes pages on their way between windows
+    except the kernel, which hands out zeros when a page is committed.  After ``os.fork()`` the
+    child can read windows and look at numbers; whatever would change something raises
+    `ForkedError` there.
+    """
+
+    def __cinit__(
+        self,
+        *,
+        budget_bytes: int | str | None = None,
+        name: str = "pagealloc",
+        max_mappings: int | None = None,
+    ):
+        cdef store_t *store
+        cdef bytes name_bytes
+        cdef int error
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, not {type(name).__name__}")
+        name_bytes = name.encode()
+        if b"\0" in name_bytes or len(name_bytes) > MAX_NAME_BYTES:
+            raise ValueError(
+                f"name={name!r} is no file name: at most {MAX_NAME_BYTES} bytes, none of them zero"
+            )
+        if budget_bytes is not None:
+            budget_bytes = parse_bytes(budget_bytes, name="budget_bytes", minimum=0)
+        if max_mappings is None:
+            max_mappings = os_max_mappings() // 2
+        elif max_mappings < 0:
+            raise ValueError(f"max_mappings={max_mappings} must not be negative")
+        self.name = name
+        store = <store_t *>calloc(1, sizeof(store_t))
+        if store == NULL:
+            raise MemoryError("no memory for an extent store's books")
+        store.budget_pages = INT64_MAX if budget_bytes is None else budget_bytes // page_bytes
+        store.max_mappings = max_mappings
+        store.fork_generation = os_fork_generation()
+        error = os_file_create(name_bytes, &store.fd)
+        if error:
+            free(store)
+            self.require(error, "creating an extent store", 0)
+        mutex_init(&store.mutex, NULL)
+        registry_add(store)
+        self.store = store
+
+    def __dealloc__(self):
+        cdef store_t *store = self.store
+        if store == NULL:
+            return
+        with nogil:
+            # Every open window would have kept the store alive.
+            registry_remove(store)
+            windows_forget_abandoned(store)
+            if not store.is_closed:
+                store_close_file(store)
+            mutex_destroy(&store.mutex)
+            free(store)
+
+    def close(self) -> None:
+        """Close the file, which gives all its pages back.  Closing twice is no error.
+
+        Raises
+        ------
+        BufferError
+            Windows are still open; close them first.
+        OutOfMemoryError
+            The kernel refused to unmap what an earlier window left; try again.
+        """
+        cdef int64_t n_open
+        cdef bint is_left = False
+        self.lock()
+        n_open = self.store.n_windows - self.store.n_abandoned
+        if n_open == 0 and not self.store.is_closed:
+            with nogil:
+                windows_close_abandoned(self.store)
+                is_left = self.store.n_abandoned > 0
+                if not is_left:
+                    store_close_file(self.store)
+        store_leave(self.store)
+        if n_open:
+            raise BufferError(f"the extent store has {n_open} open windows: close them first")
+        if is_left:
+            self.require(_errno.ENOMEM, "unmapping a window that nobody refers to", 0)
+
+    def trim(self) -> int:
+        """Try again to give back what the kernel refused to take; return how many bytes it took.
+
+        Raises
+        ------
+        ClosedError, ForkedError
+            The store is closed, or belongs to the parent process.
+        """
+        cdef int64_t n_pages = 0
+        cdef int code
+        with nogil:
+            code = store_enter(self.store)
+            if code == 0:
+                n_pages = self.store.n_committed_pages
+                windows_close_abandoned(self.store)
+                store_retry_punches(self.store)
+                n_pages -= self.store.n_committed_pages
+                store_leave(self.store)
+        self.require(code, "trim", 0)
+        return n_pages * page_bytes
+
+    def stats(self) -> ExtentStats:
+        """Return all numbers, taken at one moment.
+
+        Raises
+        ------
+        ClosedError
+            The store is closed.
+        OSError
+            The kernel refused to say what the file holds.
+        """
+        cdef store_t copy
+        cdef int64_t held_bytes = 0
+        self.lock()
+        copy = self.store[0]
+        if not copy.is_closed:
+            held_bytes = os_file_held_bytes(copy.fd)
+        store_leave(self.store)
+        if copy.is_closed:
+            self.require(STORE_CLOSED, "stats", 0)
+        if held_bytes < 0:
+            raise OSError("the kernel refused to say what the extent store's file holds")
+        return ExtentStats(
+            page_bytes=page_bytes,
+            budget_bytes=self.budget_bytes,
+            committed_bytes=copy.n_committed_pages * page_bytes,
+            held_bytes=held_bytes,
+            shared_bytes=(
+                copy.n_references - (copy.n_committed_pages - copy.n_stale_pages)
+            ) * page_bytes,
+            stale_bytes=copy.n_stale_pages * page_bytes,
+            n_mappings=copy.n_mappings,
+            n_windows=copy.n_windows - copy.n_abandoned,
+        )
+
+    def check(self) -> None:
+        """Compare the books with each other and with the kernel's.
+
+        Raises
+        ------
+        InvariantError
+            They disagree: a defect of pagealloc.
+        """
+        cdef const char *broken = NULL
+        self.lock()
+        if not self.store.is_closed:
+            broken = store_broken_invariant(self.store, os_file_held_bytes(self.store.fd))
+        store_leave(self.store)
+        if broken != NULL:
+            raise InvariantError((<bytes>broken).decode())
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of an OS page."""
+        return page_bytes
+
+    @property
+    def fd(self) -> int:
+        """The file descriptor; -1 once closed.  Whoever writes through it breaks the books."""
+        return self.store.fd
+
+    @property
+    def closed(self) -> bool:
+        """True after `close`."""
+        return self.store.is_closed
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Most bytes that may be committed, in whole pages; None if there is no limit."""
+        if self.store.budget_pages == INT64_MAX:
+            return None
+        return self.store.budget_pages * page_bytes
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes committed by the store's own books, a shared page once; 0 once closed."""
+        return self.store.n_committed_pages * page_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Physical bytes of the file, asked of the kernel (about 1 us); 0 once closed."""
+        return 0 if self.store.is_closed else self.stats().held_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """What sharing saves: the sum over all pages of (windows that map it - 1) pages."""
+        return 0 if self.store.is_closed else self.stats().shared_bytes
+
+    @property
+    def stale_bytes(self) -> int:
+        """Bytes nobody uses that the kernel so far refused to take back; see `trim`."""
+        return self.store.n_stale_pages * page_bytes
+
+    @property
+    def n_mappings(self) -> int:
+        """Kernel mappings that this store's windows cost the process, of vm.max_map_count."""
+        return self.store.n_mappings
+
+    @property
+    def n_windows(self) -> int:
+        """Open windows."""
+        return self.store.n_windows - self.store.n_abandoned
+
+    def __enter__(self) -> ExtentStore:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __reduce_ex__(self, protocol: int):
+        raise TypeError("an ExtentStore is memory of this process: it cannot be pickled or copied")
+
+    def __repr__(self) -> str:
+        if self.store.is_closed:
+            return f"<ExtentStore {self.name!r}: closed>"
+        budget = self.budget_bytes
+        limit = "" if budget is None else f" of {format_bytes(budget)}"
+        return (
+            f"<ExtentStore {self.name!r}: {format_bytes(self.committed_bytes)}{limit} committed, "
+            f"{format_bytes(self.shared_bytes)} saved by sharing, {self.n_windows} windows, "
+            f"{self.n_mappings} mappings>"
+        )
+
+    cdef void lock(self) noexcept:
+        """Take the mutex; the GIL is let go only if that means waiting."""
+        if not store_try_enter(self.store):
+            with nogil:
+                store_wait(self.store)
+
+    cdef int require(self, int code, str action, int64_t asked_bytes) except -1:
+        """Raise what `code` means; the GIL is held and the mutex is not."""
+        if code == 0:
+            return 0
+        if code == STORE_CLOSED:
+            raise ClosedError(f"{action}: the extent store is closed")
+        if code == STORE_FORKED:
+            raise ForkedError(
+                f"{action}: this process inherited the extent store through fork() and may only "
+                "read it; make a store of its own here"
+            )
+        asked = f" of {format_bytes(asked_bytes)}" if asked_bytes else ""
+        if code == STORE_OVER_BUDGET:
+            raise OutOfMemoryError(
+                f"{action}{asked}: the budget of {format_bytes(self.budget_bytes)} has "
+                f"{format_bytes(self.committed_bytes)} committed; close windows, share prefixes, "
+                "or raise budget_bytes"
+            )
+        reason = f"{action}{asked}: the kernel refused ({os.strerror(code)})"
+        if code not in OUT_OF_MEMORY:
+            raise OSError(code, reason)
+        if self.store == NULL:
+            raise OutOfMemoryError(reason)
+        raise OutOfMemoryError(
+            f"{reason}; {format_bytes(self.committed_bytes)} are committed here in "
+            f"{self.n_mappings} mappings; close windows, or raise what is short: memory, the "
+            "cgroup's limit, ulimit -v, or vm.max_map_count"
+        )

@@ -1,0 +1,548 @@
+# cython: annotation_typing=False
+"""Window: one contiguous address range over an extent store.
+
+Purpose
+    The Python face of `window_pages`: checks arguments, turns codes into exceptions, exports
+    memory through the buffer protocol.
+Structure
+    Window -> window_t (window_pages) -> extents of its ExtentStore -> memfd
+    WindowView -> Window -> ExtentStore     each keeps the next alive, so they die in this order
+Invariants
+    a window with live views stays open, and its address never changes
+    a writable view covers private pages only, from its birth to its death
+    those of window_pages
+Locking
+    The store's mutex, which serialises everything that changes a window of the store.  The GIL
+    is let go while the kernel works, and never waited for with the mutex held.
+Units
+    Bytes; pages below.
+"""
+
+from typing import NamedTuple
+
+cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.number cimport PyNumber_Index
+from libc.stdint cimport int64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+
+from pagealloc.core.extent_pages cimport (
+    STORE_FORKED,
+    store_is_frozen,
+    store_leave,
+    store_try_enter,
+    store_wait,
+    view_t,
+    window_t,
+)
+from pagealloc.core.extents cimport ExtentStore
+from pagealloc.core.os_memory cimport os_huge_page_bytes, os_page_bytes
+from pagealloc.core.remap cimport (
+    window_commit,
+    window_make_private,
+    window_release,
+    window_share,
+)
+from pagealloc.core.window_pages cimport (
+    WINDOW_CLOSED,
+    WINDOW_HOLE,
+    WINDOW_SHARED,
+    WINDOW_TAKEN,
+    WINDOW_VIEWED,
+    page_use_t,
+    window_abandon,
+    window_add_view,
+    window_broken_invariant,
+    window_close,
+    window_is_private,
+    window_open,
+    window_remove_view,
+    window_uses,
+)
+
+from pagealloc.errors import ClosedError, InvariantError, PageBoundaryError
+from pagealloc.units import format_bytes, parse_bytes
+
+cdef int64_t page_bytes = os_page_bytes()
+cdef int64_t huge_page_bytes = os_huge_page_bytes()
+
+
+class Run(NamedTuple):
+    """A run of committed pages of a window that stand alike."""
+
+    offset: int
+    """Where it starts in the window."""
+    nbytes: int
+    file_offset: int
+    """Where it lies in the store's file."""
+    is_own: bool
+    """In the window's own part of the file, rather than in another's."""
+    n_refs: int
+    """How many windows map it; 1: private."""
+
+
+@cython.final
+@cython.no_gc
+cdef class Window:
+    """A reserved, contiguous address range whose pages are committed, shared and released.
+
+    Parameters
+    ----------
+    store : ExtentStore
+        Where its pages come from.  Windows of one store can share pages.
+    nbytes : int or str
+        Length; rounded up to whole huge pages (2 MiB).  Costs address space only.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `store` is no store, or `nbytes` no size.
+    ClosedError, ForkedError
+        The store is closed, or belongs to the parent process.
+    OutOfMemoryError
+        The kernel refused address space, or a longer file.
+
+    Notes
+    -----
+    Bytes may be touched where they are committed, and written where they are private as well: see
+    `commit`, `make_private`, `view`.  A touched hole costs memory nobody counts.
+
+    Methods are thread-safe; what is written through views is the business of whoever writes.  A
+    window that was never closed closes when nobody refers to it or to a view of it.
+    """
+
+    def __cinit__(self, ExtentStore store not None, nbytes: int | str):
+        cdef int64_t length_bytes = parse_bytes(nbytes)
+        cdef window_t *pages = NULL
+        cdef int code
+        length_bytes = (length_bytes + huge_page_bytes - 1) // huge_page_bytes * huge_page_bytes
+        with nogil:
+            code = window_open(store.store, length_bytes // page_bytes, &pages)
+        store.require(code, "reserving a window", length_bytes)
+        self.store = store
+        self.pages = pages
+
+    def __dealloc__(self):
+        if self.pages != NULL:
+            with nogil:
+                window_abandon(self.pages)
+
+    def commit(self, offset: int, nbytes: int) -> None:
+        """Commit all pages that cover the range; those committed before stay as they are.
+
+        Fresh pages read as zeros.  All or nothing.
+
+        Raises
+        ------
+        ValueError, PageBoundaryError
+            Negative numbers; or the range leaves the window.
+        OutOfMemoryError
+            The budget or the kernel refused: everything is as it was before.
+        ClosedError, ForkedError
+        """
+        cdef int64_t first_page = 0, n_pages = 0
+        cdef int code
+        self.find(offset, nbytes, False, &first_page, &n_pages)
+        with nogil:
+            code = window_commit(self.pages, first_page, n_pages)
+        if code:
+            self.require(code, "commit", offset, nbytes)
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Drop this window's committed pages in a range of whole pages.
+
+        What no other window maps goes back to the kernel.  If the kernel refuses to take it, it
+        counts as committed until a later `commit`, `release` or ``store.trim()`` succeeds.
+
+        Raises
+        ------
+        ValueError, PageBoundaryError
+            Negative numbers, or not whole pages; or the range leaves the window.
+        BufferError
+            A live view covers a part of it (unless it was made with ``holes="allowed"``).
+        OutOfMemoryError
+            The kernel refused to map the own range back over shared pages: all is as before.
+        ClosedError, ForkedError
+        """
+        cdef int64_t first_page = 0, n_pages = 0
+        cdef int code
+        self.find(offset, nbytes, True, &first_page, &n_pages)
+        with nogil:
+            code = window_release(self.pages, first_page, n_pages)
+        if code:
+            self.require(code, "release", offset, nbytes)
+
+    def share_from(self, Window other not None, offset: int, nbytes: int) -> None:
+        """Map the committed pages of another window of this store, at the same offset.
+
+        Costs no memory.  Neither window may write these pages until `make_private` has copied
+        them.  Where the process has too many mappings already the pages are copied instead.
+
+        Parameters
+        ----------
+        other : Window
+            Whose pages; what is not committed there stays uncommitted here.
+        offset, nbytes : int
+            A range of whole pages, uncommitted here.
+
+        Raises
+        ------
+        TypeError, ValueError, PageBoundaryError
+            `other` is no other window of the same store; negative numbers, not whole pages, or
+            pages committed here; the range leaves one of the windows.
+        BufferError
+            A live writable view, here or there, covers a part of the range.
+        OutOfMemoryError
+            The kernel refused, or for copies the budget: all is as before.
+        ClosedError, ForkedError
+        """
+        cdef int64_t first_page = 0, n_pages = 0
+        cdef int code
+        if other is self or other.store is not self.store:
+            raise ValueError(
+                "a window shares with other windows of the same extent store, not with "
+                f"{'itself' if other is self else 'those of another'}"
+            )
+        self.find(offset, nbytes, True, &first_page, &n_pages)
+        other.find(offset, nbytes, True, &first_page, &n_pages)
+        with nogil:
+            code = window_share(self.pages, other.pages, first_page, n_pages)
+        if code:
+            self.require(code, "share_from", offset, nbytes)
+
+    def make_private(self, offset: int, nbytes: int) -> int:
+        """Copy the pages covering the range that other windows map, too, and map the copies.
+
+        Call it before anything writes.  Bytes stay equal, so views stay valid; what is
+        uncommitted, or mapped by this window alone, is left alone.
+
+        Returns
+        -------
+        int
+            Bytes copied.
+
+        Raises
+        ------
+        ValueError, PageBoundaryError
+            Negative numbers; or the range leaves the window.
+        OutOfMemoryError
+            The budget or the kernel refused: everything is as it was before.
+        ClosedError, ForkedError
+        """
+        cdef int64_t first_page = 0, n_pages = 0, n_copied_pages = 0
+        cdef int code
+        self.find(offset, nbytes, False, &first_page, &n_pages)
+        with nogil:
+            code = window_make_private(self.pages, first_page, n_pages, &n_copied_pages)
+        if code:
+            self.require(code, "make_private", offset, nbytes)
+        return n_copied_pages * page_bytes
+
+    def is_private(self, offset: int, nbytes: int) -> bool:
+        """Return True if no other window maps a committed page that covers the range.
+
+        Raises
+        ------
+        ValueError, PageBoundaryError
+            Negative numbers; or the range leaves the window.
+        ClosedError
+        """
+        cdef int64_t first_page = 0, n_pages = 0
+        cdef bint is_private
+        self.find(offset, nbytes, False, &first_page, &n_pages)
+        self.store.lock()
+        is_private = window_is_private(self.pages, first_page, n_pages)
+        store_leave(self.store.store)
+        return is_private
+
+    def view(
+        self,
+        offset: int,
+        nbytes: int,
+        *,
+        writable: bool = False,
+        mark: int = 0,
+        holes: str = "refused",
+    ) -> WindowView:
+        """Export a range of bytes; the window cannot be closed while the view lives.
+
+        Parameters
+        ----------
+        offset, nbytes : int
+            The range; any bytes.
+        writable : bool
+            Ask for memory that may be written.  Its pages must be private, and stay so: they
+            cannot be shared while the view lives.
+        mark : int
+            Any number, not negative, for `highest_mark`.
+        holes : {"refused", "allowed"}
+            Whether pages in the range may be uncommitted.  Where it is allowed they must not be
+            touched, and `release` does not mind the view.
+
+        Raises
+        ------
+        ValueError, PageBoundaryError
+            Negative numbers; the range leaves the window, or a page in it is uncommitted.
+        BufferError
+            `writable`, and another window maps a page of the range: call `make_private` first.
+        ClosedError, ForkedError
+        """
+        cdef int64_t first_page = 0, n_pages = 0
+        cdef int code
+        cdef WindowView exported
+        self.find(offset, nbytes, False, &first_page, &n_pages)
+        if holes != "refused" and holes != "allowed":
+            raise ValueError(f"holes={holes!r} is neither 'refused' nor 'allowed'")
+        if mark < 0:
+            raise ValueError(f"mark={mark} must not be negative")
+        exported = WindowView.__new__(WindowView)
+        exported.view.offset_bytes = offset
+        exported.view.nbytes = nbytes
+        exported.view.mark = PyNumber_Index(mark)
+        exported.view.is_writable = writable
+        exported.view.may_have_holes = holes == "allowed"
+        self.store.lock()
+        if writable and store_is_frozen(self.store.store):
+            code = STORE_FORKED
+        else:
+            code = window_add_view(self.pages, &exported.view)
+        store_leave(self.store.store)
+        if code:
+            self.require(code, "view", offset, nbytes)
+        exported.window = self  # from here on its death removes it from the window's list
+        return exported
+
+    def highest_mark(self) -> int:
+        """Return the largest mark of the live views; -1 if there are none."""
+        cdef int64_t highest = -1
+        cdef view_t *view
+        self.store.lock()
+        view = self.pages.views
+        while view != NULL:
+            highest = max(highest, view.mark)
+            view = view.next
+        store_leave(self.store.store)
+        return highest
+
+    def runs(self) -> list[Run]:
+        """Return the runs of committed pages, by offset, for statistics and tests."""
+        cdef page_use_t *uses = NULL
+        cdef int64_t capacity = 16, n_uses = 17, i
+        try:
+            while n_uses > capacity:
+                capacity = n_uses
+                free(uses)
+                uses = <page_use_t *>malloc(<size_t>capacity * sizeof(page_use_t))
+                if uses == NULL:
+                    raise MemoryError("no memory to list a window's runs")
+                self.store.lock()
+                n_uses = window_uses(self.pages, uses, capacity)
+                store_leave(self.store.store)
+            return [
+                Run(
+                    offset=uses[i].first_page * page_bytes,
+                    nbytes=uses[i].n_pages * page_bytes,
+                    file_offset=uses[i].file_offset,
+                    is_own=uses[i].is_own,
+                    n_refs=uses[i].n_references,
+                )
+                for i in range(n_uses)
+            ]
+        finally:
+            free(uses)
+
+    def close(self) -> None:
+        """Unmap the window and drop its pages.  Closing twice is no error.
+
+        Raises
+        ------
+        BufferError
+            Views of it are alive.
+        OutOfMemoryError
+            The kernel refused: the window is as it was, and open.
+        """
+        cdef int code
+        with nogil:
+            code = window_close(self.pages)
+        if code:
+            self.require(code, "close", 0, self.nbytes)
+
+    def check(self) -> None:
+        """Compare the window's books with its store's.
+
+        Raises
+        ------
+        InvariantError
+            They disagree: a defect of pagealloc.
+        """
+        cdef const char *broken
+        self.store.lock()
+        broken = window_broken_invariant(self.pages)
+        store_leave(self.store.store)
+        if broken != NULL:
+            raise InvariantError((<bytes>broken).decode())
+
+    @property
+    def address(self) -> int:
+        """Where it starts in memory, on a huge page; the same until it is closed."""
+        return <uintptr_t>self.pages.address
+
+    @property
+    def nbytes(self) -> int:
+        """Its length, as rounded up."""
+        return self.pages.n_pages * page_bytes
+
+    @property
+    def closed(self) -> bool:
+        """True after `close`."""
+        return self.pages.is_closed
+
+    @property
+    def n_views(self) -> int:
+        """Live views."""
+        return self.pages.n_views
+
+    @property
+    def n_mappings(self) -> int:
+        """Kernel mappings it costs the process: 1, and about 2 for each shared run."""
+        return self.pages.n_mappings
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes committed here, own and shared."""
+        return self.pages.n_committed_pages * page_bytes
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __reduce_ex__(self, protocol: int):
+        raise TypeError("a Window is memory of this process: it cannot be pickled or copied")
+
+    def __repr__(self) -> str:
+        if self.pages.is_closed:
+            return f"<Window of {format_bytes(self.nbytes)}: closed>"
+        return (
+            f"<Window of {format_bytes(self.nbytes)} at {self.address:#x}: "
+            f"{format_bytes(self.committed_bytes)} committed, {self.n_mappings} mappings, "
+            f"{self.n_views} views>"
+        )
+
+    cdef int find(
+        self, object offset, object nbytes, bint is_aligned, int64_t *first_page, int64_t *n_pages
+    ) except -1:
+        """The pages that cover the range, or the exception it deserves."""
+        cdef int64_t start = -1, length = -1, window_bytes = self.pages.n_pages * page_bytes
+        if self.pages.is_closed:
+            self.require(WINDOW_CLOSED, "window", offset, nbytes)
+        try:
+            start = PyNumber_Index(offset)
+            length = PyNumber_Index(nbytes)
+        except OverflowError:   # beyond 64 bits, in one direction or the other
+            if offset >= 0 and nbytes >= 0:
+                start = length = window_bytes + 1
+        if start < 0 or length < 0:
+            raise ValueError(f"offset={offset}, nbytes={nbytes}: neither may be negative")
+        if start > window_bytes or length > window_bytes - start:
+            raise PageBoundaryError(
+                f"offset={offset}, nbytes={nbytes}: the window ends at {window_bytes} bytes"
+            )
+        if is_aligned and (start % page_bytes or length % page_bytes):
+            raise ValueError(
+                f"offset={offset}, nbytes={nbytes}: both must be multiples of a page "
+                f"({page_bytes} bytes)"
+            )
+        first_page[0] = start // page_bytes
+        n_pages[0] = (start + length + page_bytes - 1) // page_bytes - first_page[0]
+        if length == 0:
+            n_pages[0] = 0
+        return 0
+
+    cdef int require(self, int code, str action, object offset, object nbytes) except -1:
+        """Raise what `code` means; the GIL is held and the mutex is not."""
+        what = f"{action} of {nbytes} bytes at {offset}"
+        if code == WINDOW_CLOSED:
+            raise ClosedError(f"{action}: the window is closed")
+        if code == WINDOW_HOLE:
+            raise PageBoundaryError(
+                f"{what}: not all of these pages are committed; commit them, or say "
+                "holes='allowed' and leave them untouched"
+            )
+        if code == WINDOW_TAKEN:
+            raise ValueError(f"{what}: pages of this range are committed here; release them first")
+        if code == WINDOW_SHARED:
+            raise BufferError(f"{what}: other windows map these pages; call make_private first")
+        if code == WINDOW_VIEWED:
+            raise BufferError(f"{what}: live views forbid it; let go of the arrays made from them")
+        return self.store.require(code, what, nbytes)
+
+
+@cython.final
+@cython.no_gc
+cdef class WindowView:
+    """Bytes of a window, for the buffer protocol: ``np.frombuffer(view)``, ``memoryview(view)``.
+
+    Made by `Window.view`.  Whatever was made from it keeps it alive, and it keeps the window
+    open.  Thread-safe.
+    """
+
+    def __init__(self):
+        raise TypeError("a WindowView is made by Window.view()")
+
+    def __dealloc__(self):
+        if self.window is None:
+            return
+        if not store_try_enter(self.window.pages.store):
+            with nogil:
+                store_wait(self.window.pages.store)
+        window_remove_view(self.window.pages, &self.view)
+        store_leave(self.window.pages.store)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(
+            buffer, self, self.window.pages.address + self.view.offset_bytes, self.view.nbytes,
+            not self.view.is_writable, flags,
+        )
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        pass    # the view itself is the export
+
+    @property
+    def address(self) -> int:
+        """Where it starts in memory."""
+        return <uintptr_t>(self.window.pages.address + self.view.offset_bytes)
+
+    @property
+    def offset(self) -> int:
+        """Where it starts in the window."""
+        return self.view.offset_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Its length."""
+        return self.view.nbytes
+
+    @property
+    def readonly(self) -> bool:
+        """False if it may be written."""
+        return not self.view.is_writable
+
+    @property
+    def mark(self) -> int:
+        """The number given to `Window.view`."""
+        return self.view.mark
+
+    def __len__(self) -> int:
+        return self.view.nbytes
+
+    def __reduce_ex__(self, protocol: int):
+        raise TypeError("a WindowView is memory of this process: it cannot be pickled or copied")
+
+    def __repr__(self) -> str:
+        kind = "writable" if self.view.is_writable else "read-only"
+        return (
+            f"<WindowView of {format_bytes(self.view.nbytes)} at offset "
+            f"{self.view.offset_bytes}, {kind}, mark {self.view.mark}>"
+        )

@@ -1,0 +1,341 @@
+"""Windows: contiguous address ranges over the extents of a store.
+
+Purpose
+    Open and close windows; know what stands behind each page, and which views are alive.
+Structure
+    A window is a reserved address range with its own extent mapped over all of it.  Pages that
+    are shared in, and copies for which the own extent has no room (a page there may still be
+    mapped by others), come from other extents, mapped over parts of it:
+
+        pages      0 1 2 3        4 5    6 7 8     9 ...
+        sources    extent of A    own    -         -          - : uncommitted
+        mapped     extent of A    own ------------------      two mappings
+
+    The own extent is the first of a chain: when it has no room for a copy the next one takes it.
+Invariants
+    sources knows a page iff the page is committed here
+    refs(extent, page) = windows whose sources name that extent for that page
+    a page that sources does not know is mapped to the own extent
+    a page is private, and may be written, iff its refs = 1
+    n_committed_pages = pages that sources knows
+    n_mappings = ranges of neighbouring pages that are mapped to one extent
+Locking
+    The store's mutex.  window_open, window_close and window_abandon take it; window_enter
+    returns with it held; the rest wants it held.
+Units
+    Pages, unless a name says bytes.
+"""
+
+from libc.errno cimport ENOMEM
+from libc.stdint cimport int64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+
+from pagealloc.core.extent_pages cimport (
+    extent_dereference,
+    extent_detach,
+    extent_new,
+    extent_offset,
+    extent_t,
+    store_add_window,
+    store_count_mappings,
+    store_enter,
+    store_is_frozen,
+    store_leave,
+    store_remove_window,
+    store_t,
+    store_wait,
+    view_t,
+    window_t,
+)
+from pagealloc.core.interval_map cimport (
+    imap_destroy,
+    imap_is_valid,
+    imap_next,
+    imap_next_gap,
+    imap_reserve,
+    interval_t,
+)
+from pagealloc.core.os_memory cimport (
+    MADV_DONTDUMP,
+    os_advise,
+    os_huge_page_bytes,
+    os_map_file,
+    os_page_bytes,
+    os_release,
+    os_reserve,
+)
+
+cdef int64_t page_bytes = os_page_bytes()
+
+
+# ---------------------------------------------------------------------------------------------
+# Opening and closing
+
+cdef int window_open(store_t *store, int64_t n_pages, window_t **opened) noexcept nogil:
+    """A window of `n_pages`, nothing of it committed."""
+    cdef size_t nbytes = <size_t>(n_pages * page_bytes)
+    cdef window_t *window
+    cdef int code = store_enter(store)
+    if code:
+        return code
+    window = <window_t *>calloc(1, sizeof(window_t))
+    if window == NULL:
+        code = ENOMEM
+    else:
+        window.store = store
+        window.n_pages = n_pages
+        code = map_own_extent(window, nbytes)
+        if code == 0:
+            store_add_window(store, window)
+            window_count_mappings(window)
+            opened[0] = window
+        else:
+            free(window)
+    store_leave(store)
+    return code
+
+
+cdef int map_own_extent(window_t *window, size_t nbytes) noexcept nogil:
+    cdef int code
+    window.address = <char *>os_reserve(nbytes, os_huge_page_bytes())
+    if window.address == NULL:
+        return ENOMEM
+    code = extent_new(window.store, window.n_pages, &window.own)
+    if code == 0:
+        code = os_map_file(
+            window.address, nbytes, window.store.fd, extent_offset(window.own, 0)
+        )
+        if code == 0:
+            code = os_advise(window.address, nbytes, MADV_DONTDUMP)
+        if code:
+            extent_detach(window.store, window.own)
+    if code:
+        os_release(window.address, nbytes)
+    return code
+
+
+cdef int close_locked(window_t *window) noexcept nogil:
+    cdef store_t *store = window.store
+    cdef extent_t *extent = window.own
+    cdef extent_t *next_extent
+    cdef interval_t *run
+    cdef int64_t i
+    cdef int code
+    if window.n_views:
+        return WINDOW_VIEWED
+    for i in range(window.sources.n_runs):
+        run = &window.sources.runs[i]
+        if imap_reserve(&extent_of(run).refs, 4 * window.sources.n_runs):
+            return ENOMEM
+    code = os_release(window.address, <size_t>(window.n_pages * page_bytes))
+    if code:
+        return code
+    store_remove_window(store, window)
+    store_count_mappings(store, -window.n_mappings)
+    window.is_closed = True
+    if not store_is_frozen(store):  # else the pages are the parent's
+        for i in range(window.sources.n_runs):
+            run = &window.sources.runs[i]
+            extent_dereference(store, extent_of(run), run.first_page, run.n_pages)
+        while extent != NULL:
+            next_extent = extent.next
+            extent_detach(store, extent)
+            extent = next_extent
+    window.own = NULL
+    window.n_committed_pages = 0
+    window.n_mappings = 0
+    imap_destroy(&window.sources)
+    return 0
+
+
+cdef int window_close(window_t *window) noexcept nogil:
+    """Unmap the window and drop its pages; closing twice is no error."""
+    cdef int code = 0
+    store_wait(window.store)
+    if not window.is_closed:
+        code = close_locked(window)
+    store_leave(window.store)
+    return code
+
+
+cdef void window_abandon(window_t *window) noexcept nogil:
+    """Close and free the window; if the kernel refuses, a later change of the store tries again."""
+    cdef store_t *store = window.store
+    store_wait(store)
+    if window.is_closed or close_locked(window) == 0:
+        free(window)
+    else:
+        window.is_abandoned = True
+        store.n_abandoned += 1
+    store_leave(store)
+
+
+cdef void windows_close_abandoned(store_t *store) noexcept nogil:
+    cdef window_t *window = store.windows
+    cdef window_t *next_window
+    while window != NULL:
+        next_window = window.next
+        if window.is_abandoned and close_locked(window) == 0:
+            store.n_abandoned -= 1
+            free(window)
+        window = next_window
+
+
+cdef void windows_forget_abandoned(store_t *store) noexcept nogil:
+    """The store is going.  What the kernel refuses to unmap once more stays mapped for good."""
+    cdef window_t *window
+    windows_close_abandoned(store)
+    while store.windows != NULL:
+        window = store.windows
+        store_remove_window(store, window)
+        store_count_mappings(store, -window.n_mappings)
+        imap_destroy(&window.sources)
+        free(window)
+    store.n_abandoned = 0
+
+
+cdef int window_enter(window_t *window) noexcept nogil:
+    """Take the mutex in order to change the window."""
+    cdef int code = store_enter(window.store)
+    if code == 0 and window.is_closed:
+        store_leave(window.store)
+        code = WINDOW_CLOSED
+    if code == 0 and window.store.n_abandoned:
+        windows_close_abandoned(window.store)
+    return code
+
+
+# ---------------------------------------------------------------------------------------------
+# Looking
+
+cdef bint window_has_view(
+    const window_t *window, int64_t first_page, int64_t n_pages, bint is_writable
+) noexcept nogil:
+    """True if a live view on the range is writable, or (not `is_writable`) allows no holes."""
+    cdef int64_t start_bytes = first_page * page_bytes
+    cdef int64_t end_bytes = start_bytes + n_pages * page_bytes
+    cdef view_t *view = window.views
+    while view != NULL:
+        if view.offset_bytes < end_bytes and view.offset_bytes + view.nbytes > start_bytes:
+            if view.is_writable if is_writable else not view.may_have_holes:
+                return True
+        view = view.next
+    return False
+
+
+cdef bint window_is_private(
+    const window_t *window, int64_t first_page, int64_t n_pages
+) noexcept nogil:
+    """True if no other window maps a committed page of the range."""
+    cdef int64_t page = first_page, shared_page
+    cdef interval_t run, shared
+    while imap_next(&window.sources, &page, first_page + n_pages, &run):
+        shared_page = run.first_page
+        while imap_next(
+            &extent_of(&run).refs, &shared_page, run.first_page + run.n_pages, &shared
+        ):
+            if shared.value > 1:
+                return False
+    return True
+
+
+cdef int window_add_view(window_t *window, view_t *view) noexcept nogil:
+    """Export a part of the window, if its pages are such as the view promises."""
+    cdef int64_t first_page = view.offset_bytes // page_bytes
+    cdef int64_t end_page = (view.offset_bytes + view.nbytes + page_bytes - 1) // page_bytes
+    cdef int64_t page = first_page
+    cdef interval_t gap
+    if window.is_closed:
+        return WINDOW_CLOSED
+    if not view.may_have_holes and imap_next_gap(&window.sources, &page, end_page, &gap):
+        return WINDOW_HOLE
+    if view.is_writable and not window_is_private(window, first_page, end_page - first_page):
+        return WINDOW_SHARED
+    view.previous = NULL
+    view.next = window.views
+    if window.views != NULL:
+        window.views.previous = view
+    window.views = view
+    window.n_views += 1
+    return 0
+
+
+cdef void window_remove_view(window_t *window, view_t *view) noexcept nogil:
+    if view.previous != NULL:
+        view.previous.next = view.next
+    else:
+        window.views = view.next
+    if view.next != NULL:
+        view.next.previous = view.previous
+    window.n_views -= 1
+
+
+cdef int64_t window_uses(
+    const window_t *window, page_use_t *uses, int64_t capacity
+) noexcept nogil:
+    """List the committed page runs of equal standing; how many there are, even past `capacity`."""
+    cdef int64_t page = 0, shared_page, n_uses = 0
+    cdef interval_t run, shared
+    cdef extent_t *extent
+    while imap_next(&window.sources, &page, window.n_pages, &run):
+        shared_page = run.first_page
+        while imap_next(
+            &extent_of(&run).refs, &shared_page, run.first_page + run.n_pages, &shared
+        ):
+            if n_uses < capacity:
+                uses[n_uses].first_page = shared.first_page
+                uses[n_uses].n_pages = shared.n_pages
+                uses[n_uses].file_offset = extent_offset(extent_of(&run), shared.first_page)
+                uses[n_uses].n_references = shared.value
+                extent = window.own
+                while extent != NULL and extent != extent_of(&run):
+                    extent = extent.next
+                uses[n_uses].is_own = extent != NULL
+            n_uses += 1
+    return n_uses
+
+
+cdef const char *window_broken_invariant(const window_t *window) noexcept nogil:
+    """What is wrong with the window, or NULL."""
+    cdef int64_t i, page, n_committed = 0
+    cdef interval_t *run
+    cdef interval_t piece
+    if not imap_is_valid(&window.sources):
+        return "a window's sources are no interval map"
+    for i in range(window.sources.n_runs):
+        run = &window.sources.runs[i]
+        n_committed += run.n_pages
+        page = run.first_page
+        if imap_next_gap(&extent_of(run).refs, &page, run.first_page + run.n_pages, &piece):
+            return "a window maps a page that refs do not know"
+        page = run.first_page
+        while imap_next(&extent_of(run).refs, &page, run.first_page + run.n_pages, &piece):
+            if piece.value < 1:
+                return "a window maps a page without references"
+    if n_committed != window.n_committed_pages:
+        return "a window's committed pages are not those in its sources"
+    if not window.is_closed and mappings_of(window) != window.n_mappings:
+        return "a window's mappings are not counted right"
+    return NULL
+
+
+cdef int64_t mappings_of(const window_t *window) noexcept nogil:
+    cdef extent_t *current = NULL
+    cdef interval_t *run
+    cdef int64_t i, n_mappings = 0, end_page = 0
+    for i in range(window.sources.n_runs + 1):
+        run = &window.sources.runs[i]
+        if end_page < (run.first_page if i < window.sources.n_runs else window.n_pages):
+            n_mappings += current != window.own
+            current = window.own
+        if i < window.sources.n_runs:
+            n_mappings += current != extent_of(run)
+            current = extent_of(run)
+            end_page = run.first_page + run.n_pages
+    return n_mappings
+
+
+cdef void window_count_mappings(window_t *window) noexcept nogil:
+    cdef int64_t n_mappings = mappings_of(window)
+    store_count_mappings(window.store, n_mappings - window.n_mappings)
+    window.n_mappings = n_mappings

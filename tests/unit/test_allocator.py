@@ -1,0 +1,410 @@
+"""PageAllocator: what a caller asks, gets, and is told."""
+
+import errno
+import mmap
+import random
+import resource
+import threading
+
+import numpy as np
+import psutil
+import pytest
+
+import pagealloc
+from pagealloc import (
+    BackingUnavailableError,
+    ClosedError,
+    OutOfMemoryError,
+    PageAllocator,
+    huge_page_size_bytes,
+    page_size_bytes,
+)
+from pagealloc.core import os_memory
+
+PAGE_BYTES = page_size_bytes()
+
+
+@pytest.fixture
+def allocator():
+    allocator = PageAllocator(backing="base")
+    yield allocator
+    allocator.check()
+
+
+def touch(buffer):
+    np.frombuffer(buffer, np.uint8)[:: mmap.PAGESIZE] = 1  # the kernel's page, also in simulations
+
+
+# --- addresses and sizes ---
+
+
+@pytest.mark.parametrize("nbytes", [1, 64, 100, PAGE_BYTES // 2, PAGE_BYTES - 1])
+def test_below_a_page_slots_are_aligned_and_stay_in_one_page(allocator, nbytes):
+    buffers = [allocator.alloc(nbytes) for _ in range(300)]
+    for buffer in buffers:
+        assert buffer.address % 64 == 0
+        assert buffer.address // PAGE_BYTES == (buffer.address + nbytes - 1) // PAGE_BYTES
+    spans = sorted((b.address, b.address + nbytes) for b in buffers)
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+
+
+@pytest.mark.parametrize("n_pages", [1, 3, 90, 511, 513, 5000, 20000])
+def test_page_multiples_cost_exactly_their_pages(n_pages):
+    allocator = PageAllocator(backing="base")
+    with allocator.alloc(n_pages * PAGE_BYTES) as buffer:
+        assert buffer.address % PAGE_BYTES == 0
+        assert allocator.stats().committed_bytes == n_pages * PAGE_BYTES
+        touch(buffer)
+        assert allocator.stats().held_bytes == n_pages * PAGE_BYTES
+
+
+@pytest.mark.parametrize("align_log2", [*range(24), 26, 30])
+@pytest.mark.parametrize("nbytes", [1, 100, PAGE_BYTES, 10 * PAGE_BYTES + 1])
+def test_every_alignment_is_kept(allocator, nbytes, align_log2):
+    align_bytes = 1 << align_log2
+    with (
+        allocator.alloc(nbytes, align=align_bytes) as a,
+        allocator.alloc(nbytes, align=align_bytes) as b,
+    ):
+        touch(a), touch(b)
+        assert a.address % align_bytes == 0
+        assert b.address % align_bytes == 0
+        assert abs(a.address - b.address) >= nbytes
+
+
+def test_many_random_sizes_are_aligned_and_held_within_two_percent():
+    """10,000 sizes from 1 B to 16 MiB, all live and touched (fewer where memory is short)."""
+    available_bytes = psutil.virtual_memory().available
+    n_sizes = min(10_000, available_bytes // 2 // (1 << 20))  # they take about 1 MiB each
+    if n_sizes < 1000:
+        pytest.skip(f"{available_bytes >> 20} MiB available: too few for 1,000 sizes")
+    rng = random.Random(20261122)
+    sizes = [int(2 ** rng.uniform(0, 24)) for _ in range(n_sizes)]
+    with PageAllocator(backing="base") as allocator:
+        buffers = [allocator.alloc(nbytes) for nbytes in sizes]
+        for buffer in buffers:
+            if buffer.nbytes < PAGE_BYTES:
+                assert buffer.address % 64 == 0
+                assert buffer.address % PAGE_BYTES + buffer.nbytes <= PAGE_BYTES
+            else:
+                assert buffer.address % PAGE_BYTES == 0
+            touch(buffer)
+        spans = sorted((b.address, b.address + b.nbytes) for b in buffers)
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert allocator.stats().held_bytes <= 1.02 * sum(sizes)
+        allocator.check()
+        rng.shuffle(buffers)
+        for buffer in buffers[: n_sizes // 2]:
+            buffer.close()
+        allocator.check()
+        del buffer, buffers
+        allocator.trim()
+        assert allocator.stats().held_bytes == 0
+
+
+def test_held_bytes_are_what_the_kernel_says(allocator):
+    """mincore's count against Rss of the arenas' mappings."""
+    buffers = [allocator.alloc(n * PAGE_BYTES) for n in (1, 7, 300)]
+    touch(buffers[1])
+    touch(buffers[2])
+    stats = allocator.stats()
+    arenas = [(a.address, a.address + a.reserved_bytes) for a in stats.arenas]
+    rss_bytes = 0
+    for entry in psutil.Process().memory_maps(grouped=False):
+        start = int(entry.addr.split("-")[0], 16)
+        if any(low <= start < high for low, high in arenas):
+            rss_bytes += entry.rss
+    assert stats.held_bytes == rss_bytes == 307 * PAGE_BYTES
+
+
+def test_an_address_freed_is_used_again(allocator):
+    first = allocator.alloc("1MiB")
+    address = first.address
+    first.close()
+    assert allocator.alloc("1MiB").address == address
+
+
+def test_best_fit_takes_the_smallest_hole_that_is_long_enough(allocator):
+    sizes = [20, 1, 10, 1, 15, 1]  # pages; the single ones keep the holes apart
+    buffers = [allocator.alloc(n * PAGE_BYTES) for n in sizes]
+    hole = buffers[2].address
+    for i in (0, 2, 4):
+        buffers[i].close()
+    assert allocator.alloc(9 * PAGE_BYTES).address == hole
+
+
+# --- arrays ---
+
+
+def test_arrays_keep_their_buffer_and_zeros_are_zero(allocator):
+    dirty = allocator.empty((1000, 1000), np.float32)
+    dirty.fill(3)
+    address = dirty.ctypes.data
+    view = dirty[10:20].T
+    del dirty
+    assert allocator.stats().n_live == 1
+    assert view.sum() == 3 * 10 * 1000
+    del view
+    assert allocator.stats().n_live == 0
+    zeros = allocator.zeros((1000, 1000), np.float32)
+    assert zeros.ctypes.data == address  # the same, used memory: it had to be cleared
+    assert not zeros.any()
+    assert zeros.ctypes.data % PAGE_BYTES == 0
+
+
+def test_the_buffer_under_an_array_cannot_be_closed(allocator):
+    array = allocator.zeros(10)
+    base = array
+    while not isinstance(base, pagealloc.Buffer):
+        base = base.obj if isinstance(base, memoryview) else base.base
+    with pytest.raises(BufferError):
+        base.close()
+
+
+@pytest.mark.parametrize("shape", [0, (3, 0), ()])
+def test_small_and_empty_shapes(allocator, shape):
+    assert np.array_equal(allocator.zeros(shape, "int8"), np.zeros(shape, "int8"))
+
+
+def test_structured_and_16_bit_dtypes(allocator):
+    assert allocator.zeros(5, [("a", "f2"), ("b", "u1")]).dtype.itemsize == 3
+    assert allocator.empty((2, 3), np.float16).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "error"),
+    [
+        (-1, "f4", ValueError),
+        ((2, -3), "f4", ValueError),
+        (1.5, "f4", TypeError),
+        ("ab", "f4", TypeError),
+        ((1 << 62, 1 << 62), "f8", ValueError),
+        (3, object, TypeError),
+        (3, "no such dtype", TypeError),
+    ],
+)
+def test_bad_shapes_and_dtypes(allocator, shape, dtype, error):
+    with pytest.raises(error):
+        allocator.empty(shape, dtype)
+    assert allocator.stats().n_live == 0
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1 << 48, 1 << 64, 1 << 200, "", "1 parsec"])
+def test_impossible_sizes_are_value_errors(allocator, bad):
+    with pytest.raises(ValueError, match="nbytes="):
+        allocator.alloc(bad)
+
+
+@pytest.mark.parametrize("bad", [0, -64, 3, 96, 1 << 31, "12KiB"])
+def test_impossible_alignments_are_value_errors(allocator, bad):
+    with pytest.raises(ValueError, match="align="):
+        allocator.alloc(100, align=bad)
+
+
+def test_more_than_the_address_space_has_left_is_out_of_memory(allocator):
+    with pytest.raises(OutOfMemoryError, match=r"100 TiB.*the kernel refused"):
+        allocator.alloc("100TiB")
+    with allocator.alloc(1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"backing": "gold"}, ValueError),
+        ({"backing": None}, ValueError),
+        ({"backing": ["base"]}, ValueError),
+        ({"arena_bytes": 1}, ValueError),
+        ({"arena_bytes": 1.5}, TypeError),
+        ({"budget_bytes": 0}, ValueError),
+        ({"budget_bytes": "much"}, ValueError),
+        ({"no_such_option": 1}, TypeError),
+    ],
+)
+def test_bad_settings(arguments, error):
+    with pytest.raises(error):
+        PageAllocator(**arguments)
+
+
+@pytest.mark.parametrize("use", ["alloc", "empty", "zeros"])
+def test_use_after_close(use):
+    allocator = PageAllocator()
+    allocator.close()
+    allocator.close()
+    with pytest.raises(ClosedError):
+        getattr(allocator, use)(10)
+    for name in ("trim", "stats", "check", "__enter__"):
+        with pytest.raises(ClosedError):
+            getattr(allocator, name)()
+    assert allocator.closed
+    assert "closed" in repr(allocator)
+
+
+def test_close_with_live_buffers_is_refused_and_changes_nothing():
+    allocator = PageAllocator()
+    array = allocator.zeros(100)
+    with pytest.raises(BufferError, match="1 live buffer "):
+        allocator.close()
+    array[0] = 1
+    del array
+    allocator.close()
+
+
+# --- the budget ---
+
+
+def test_the_budget_is_hard_exact_and_says_what_would_help():
+    with PageAllocator(budget_bytes=16 * PAGE_BYTES, backing="base") as allocator:
+        buffers = [allocator.alloc(PAGE_BYTES) for _ in range(16)]
+        with pytest.raises(OutOfMemoryError, match=r"0 B left.*16 live buffers.*close Buffers"):
+            allocator.alloc(1)
+        with pytest.raises(MemoryError):
+            allocator.alloc(17 * PAGE_BYTES)
+        allocator.check()
+        assert allocator.stats().n_failed == 2
+        del buffers[:8]
+        buffers.append(allocator.alloc(8 * PAGE_BYTES))  # the same pages, merged
+        assert allocator.stats().committed_bytes == 16 * PAGE_BYTES
+        buffers.clear()
+
+
+def test_cached_memory_is_purged_before_the_budget_refuses():
+    with PageAllocator(budget_bytes=100 * PAGE_BYTES, backing="base") as allocator:
+        keep = [allocator.alloc(PAGE_BYTES) for _ in range(50)]
+        hole = allocator.alloc(50 * PAGE_BYTES)
+        touch(hole)
+        hole.close()
+        small = [allocator.alloc(100) for _ in range(10)]
+        small.clear()  # leaves an empty slab behind
+        with allocator.alloc(50 * PAGE_BYTES, align="1MiB") as moved:
+            touch(moved)
+            assert allocator.stats().held_bytes <= 100 * PAGE_BYTES
+        keep.clear()
+
+
+def test_a_budget_below_an_arena_takes_base_pages_so_that_it_is_exact():
+    with PageAllocator(budget_bytes="1MiB") as allocator:
+        allocator.alloc(PAGE_BYTES).close()
+        assert [a.achieved_backing for a in allocator.stats().arenas] == ["base"]
+
+
+# --- trim ---
+
+
+def test_trim_returns_what_went_back():
+    with PageAllocator(backing="base") as allocator:
+        keep = allocator.alloc(PAGE_BYTES)
+        touch(keep)
+        hole = allocator.alloc(100 * PAGE_BYTES)
+        np.frombuffer(hole, np.uint8)[: 60 * PAGE_BYTES] = 1
+        hole.close()
+        assert allocator.stats().held_bytes == 61 * PAGE_BYTES
+        assert allocator.trim() == 60 * PAGE_BYTES
+        assert allocator.trim() == 0
+        assert allocator.stats().held_bytes == PAGE_BYTES
+        assert memoryview(keep)[0] == 1
+        keep.close()
+        assert allocator.trim() == PAGE_BYTES
+        assert allocator.stats().reserved_bytes == 0
+
+
+def test_large_requests_go_back_at_once():
+    with PageAllocator(backing="base", arena_bytes="4MiB") as allocator:
+        with allocator.alloc("100MiB") as large:
+            touch(large)
+            (arena,) = allocator.stats().arenas
+            assert arena.dedicated
+            assert arena.held_bytes == 100 << 20
+        assert allocator.stats().reserved_bytes == 0
+
+
+# --- the ladder ---
+
+
+def test_auto_says_what_it_achieved():
+    with PageAllocator() as allocator, allocator.alloc("8MiB") as buffer:
+        touch(buffer)
+        (arena,) = allocator.stats().arenas
+        assert arena.requested_backing == "auto"
+        assert arena.achieved_backing in ("hugetlb", "thp", "base")
+        assert arena.held_bytes >= 8 << 20
+
+
+def test_thp_is_seen_in_the_fault_count():
+    allocator = PageAllocator(backing="thp")
+    try:
+        buffer = allocator.alloc("32MiB")
+    except BackingUnavailableError as error:
+        pytest.skip(f"no THP here: {error}")
+    faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    touch(buffer)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before
+    assert faults < (32 << 20) // PAGE_BYTES // 10
+
+
+def test_base_takes_one_fault_a_page(allocator):
+    buffer = allocator.alloc(1000 * PAGE_BYTES)
+    faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    touch(buffer)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before
+    assert faults >= 1000
+
+
+def test_hugetlb_without_a_pool_names_the_command():
+    with open("/proc/meminfo", encoding="ascii") as file:
+        free = next(int(line.split()[1]) for line in file if line.startswith("HugePages_Free"))
+    if free:
+        pytest.skip(f"{free} huge pages are reserved here")
+    allocator = PageAllocator(backing="hugetlb")
+    with pytest.raises(BackingUnavailableError, match=r"sysctl vm.nr_hugepages=32"):
+        allocator.alloc(1)
+    allocator.check()
+
+
+@pytest.mark.parametrize("backing", ["auto", "base"])
+def test_the_ladder_is_walked_down_when_huge_pages_are_refused(backing):
+    """Refusing the hugetlb mapping, then the advice, ends on base pages under "auto"."""
+    with PageAllocator(backing=backing) as allocator:
+        n_mmaps = 1 if backing == "auto" else 0
+        with (
+            os_memory.refusing("mmap", errno.ENOMEM, times=n_mmaps),
+            os_memory.refusing("madvise", errno.EINVAL),
+        ):
+            buffer = allocator.alloc(PAGE_BYTES)
+        assert allocator.stats().arenas[0].achieved_backing == "base"
+        allocator.check()
+        buffer.close()
+
+
+def test_thp_refused_by_name_is_an_error_with_the_command():
+    allocator = PageAllocator(backing="thp")
+    with (
+        os_memory.refusing("madvise", errno.EINVAL),
+        pytest.raises(BackingUnavailableError, match="transparent_hugepage/enabled"),
+    ):
+        allocator.alloc(1)
+    allocator.check()
+    assert allocator.stats().reserved_bytes == 0
+
+
+def test_huge_page_size_is_a_multiple_of_the_page():
+    assert huge_page_size_bytes() % PAGE_BYTES == 0
+
+
+# --- the shared allocator ---
+
+
+def test_the_default_allocator_is_one(monkeypatch):
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(pagealloc.default_allocator()))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, found))) == 1
