@@ -28,7 +28,9 @@ held bytes
 from pagealloc.core.allocator import PageAllocator, default_allocator
 from pagealloc.core.buffer import Buffer
 from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats
+from pagealloc.core.extents import ExtentStats, ExtentStore
 from pagealloc.core.os_memory import huge_page_size_bytes, page_size_bytes
+from pagealloc.core.window import Run, Window, WindowView
 from pagealloc.errors import (
     BackingUnavailableError,
     ClosedError,
@@ -48,12 +50,17 @@ __all__ = [
     "Buffer",
     "ClassStats",
     "ClosedError",
+    "ExtentStats",
+    "ExtentStore",
     "ForkedError",
     "InvariantError",
     "OutOfMemoryError",
     "PageAllocator",
     "PageBoundaryError",
     "PageallocError",
+    "Run",
+    "Window",
+    "WindowView",
     "default_allocator",
     "huge_page_size_bytes",
     "page_size_bytes",

@@ -3,19 +3,34 @@
 Rooms by floor; a room imports only rooms on lower floors (``tests/unit/test_floors.py`` holds
 this by reading the table below)::
 
-    1  os_memory     the only room that calls the OS, through one table of functions
-    1  atomics       compiler built-ins for atomic loads, stores and exchanges
-    1  size_class    bytes -> size class; pure arithmetic
-    1  interval_map  disjoint page ranges that carry a value; pure data structure
-    2  page_map      address -> arena, for the whole process
-    2  run_tree      free page runs ordered by (pages, address); best fit
-    3  arena         reserves ranges, carves and coalesces page runs, commits and purges
-    3  extents       ExtentStore: reference-counted pages of one memfd
-    4  central       one size class: slabs of equal slots behind a mutex
-    4  window        Window: one contiguous address range over an ExtentStore
-    6  heap          alloc / free / trim / stats / budget, nogil; process-wide state
-    7  buffer        Buffer: the Python handle of one slot or run
-    8  allocator     PageAllocator: the Python face of a heap
+    1  atomics         compiler built-ins for atomic loads, stores and additions
+    1  mutex           POSIX mutexes
+    1  counters        the fields of stats(), listed once
+    1  size_class      bytes -> size class; pure arithmetic
+    1  interval_map    disjoint page ranges that carry a value; pure data structure
+    2  os_memory       the only room that calls the OS, through one table of functions
+
+    Arenas, from the bottom up:
+
+    3  page_map        address -> arena, for the whole process
+    3  page_run        descriptors of page runs; the free ones as a best-fit tree
+    4  arena           one reserved range: its backing, and what of it is committed
+    5  free_runs       which pages belong to which run; fit, carve, merge
+    6  page_heap       the page runs of all arenas: growth, budget, purge
+    7  central         the slots of one size class, cut from page runs
+    8  heap            alloc / free / trim, nogil; the process-wide state
+    9  heap_owner      Heap: the Python owner of a heap: settings, errors, stats
+    10  buffer         Buffer: the Python handle of one slot or run
+    11  allocator      PageAllocator: the Python face
+
+    Windows, from the bottom up; they share nothing with arenas but the first two floors:
+
+    3  extent_pages    the pages of one memfd: reference counts, commit, punch, budget
+    4  store_registry  all stores of the process, and what fork() does with them
+    4  window_pages    one window: its mappings and the extents behind them, nogil
+    5  remap           commit, share, make_private, release: all or nothing
+    6  extents         ExtentStore: the Python face of one memfd
+    7  window          Window: the Python face of one address range
 
 Everything below the Buffer is nogil and reports failure by NULL or a code; Python exceptions
 are raised at the Python boundary only.

@@ -5,7 +5,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagealloc.core.buffer import Buffer
-from pagealloc.core.heap import Heap
+from pagealloc.core.heap_owner import Heap
 
 class PageAllocator(Heap):
     def alloc(self, nbytes: int | str, *, align: int | str | None = None) -> Buffer: ...

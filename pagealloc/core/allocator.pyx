@@ -14,7 +14,7 @@ import operator
 import threading
 
 from pagealloc.core.buffer cimport Buffer, new_buffer
-from pagealloc.core.heap cimport Heap
+from pagealloc.core.heap_owner cimport Heap
 
 from pagealloc.options import option_value
 from pagealloc.units import format_bytes, parse_bytes

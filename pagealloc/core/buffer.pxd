@@ -1,6 +1,6 @@
 """Buffer: the Python handle that owns one slot or run."""
 
-from pagealloc.core.heap cimport Heap
+from pagealloc.core.heap_owner cimport Heap
 
 cdef class Buffer:
     cdef char *memory               # NULL once closed

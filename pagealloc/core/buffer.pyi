@@ -1,6 +1,6 @@
 from typing import NoReturn, Self, final
 
-from pagealloc.core.heap import Heap
+from pagealloc.core.heap_owner import Heap
 
 @final
 class Buffer:

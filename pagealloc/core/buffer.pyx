@@ -17,7 +17,8 @@ cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport uintptr_t
 
-from pagealloc.core.heap cimport Heap, heap_alloc, heap_free, heap_t
+from pagealloc.core.heap cimport heap_alloc, heap_free, heap_t
+from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.page_heap cimport FREED
 
 from pagealloc.errors import ClosedError

@@ -18,16 +18,27 @@ cdef struct heap_t:
     heap_t *next
     heap_t *previous
 
+cdef struct heap_counts_t:
+    int64_t reserved_bytes
+    int64_t committed_bytes
+    int64_t used_bytes          # of live runs and slabs
+    int64_t n_allocs
+    int64_t n_frees
+    int64_t n_failed
+
+cdef struct class_counts_t:
+    int64_t slot_bytes
+    int64_t n_slots             # of all slabs
+    int64_t n_live
+    int64_t n_slabs
+    int64_t slab_bytes          # of all slabs
+
+cdef heap_t *heap_new(size_t arena_bytes, int backing, int64_t budget_bytes) noexcept nogil
+cdef int heap_delete(heap_t *heap) noexcept nogil
 cdef char *heap_alloc(
     heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error
 ) noexcept nogil
 cdef int heap_free(heap_t *heap, char *address) noexcept nogil
-
-cdef class Heap:
-    cdef heap_t *heap               # NULL once closed
-    cdef object __weakref__
-    cdef readonly object backing
-    cdef readonly object arena_bytes
-    cdef readonly object budget_bytes
-    cdef heap_t *open_heap(self) except NULL
-    cdef object refusal(self, size_t nbytes, size_t align_bytes, int error)
+cdef int64_t heap_trim(heap_t *heap) noexcept nogil
+cdef heap_counts_t heap_counts(heap_t *heap) noexcept nogil
+cdef class_counts_t heap_class_counts(heap_t *heap, int i) noexcept nogil

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pagealloc import PageAllocator, page_size_bytes
-from pagealloc.core.heap import alloc_address, free_address
+from pagealloc.core.heap_owner import alloc_address, free_address
 
 PAGE_BYTES = page_size_bytes()
 SIZES = [1, 64, 1344, PAGE_BYTES // 2, PAGE_BYTES, 10 * PAGE_BYTES, 3 << 20]
