@@ -26,9 +26,6 @@ DIRECTIVES = {
     "wraparound": False,
     "cdivision": True,
     "initializedcheck": False,
-    # Signatures of C-level classes in the form that inspect.signature() reads.
-    "embedsignature": True,
-    "embedsignature.format": "clinic",
 }
 
 sanitizer = os.environ.get("PAGEALLOC_SANITIZE", "")

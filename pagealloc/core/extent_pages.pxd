@@ -22,15 +22,15 @@ ctypedef struct store_t
 ctypedef struct extent_t:
     int64_t first_page      # where it starts in the file
     int order               # it covers 2**order huge pages of file offsets
-    bint is_attached        # a window may put pages here
-    bint is_stale           # on the list of extents with stale pages
+    bint is_attached        # its window is open and may put pages here
+    bint is_stale           # in the list of extents with stale pages
     int64_t n_references    # sum of refs over all its pages
     interval_map_t refs     # page of the window -> windows that map it; 0: stale
     extent_t *next          # in its window's chain, or in the free list
     extent_t *next_stale
     extent_t *next_in_store
 
-ctypedef struct view_t:             # a live view; part of the object that exports it
+ctypedef struct view_t:     # a live view; part of the object that exports it
     int64_t offset_bytes
     int64_t nbytes
     int64_t mark
@@ -41,7 +41,7 @@ ctypedef struct view_t:             # a live view; part of the object that expor
 
 ctypedef struct window_t:
     store_t *store
-    char *address
+    char *address               # NULL: closed, or lost in a fork
     int64_t n_pages
     interval_map_t sources      # page -> extent_t * behind it; committed pages only
     extent_t *own               # mapped wherever nothing is committed; first of the chain
@@ -62,7 +62,7 @@ ctypedef struct store_t:
     int64_t budget_pages
     int64_t max_mappings
     int64_t n_file_pages        # file offsets given to extents so far
-    int64_t n_committed_pages   # pages that some extent's refs name
+    int64_t n_committed_pages   # pages that some extent's refs know
     int64_t n_stale_pages       # those with 0
     int64_t n_references        # sum of refs
     int64_t n_mappings          # what this store's windows cost the process
@@ -71,21 +71,24 @@ ctypedef struct store_t:
     extent_t *stale_extents
     extent_t *free_extents[N_ORDERS]
     window_t *windows
-    int64_t n_abandoned
+    int64_t n_abandoned         # of them, those with is_abandoned
     store_t *previous           # in the registry, under the registry's mutex
     store_t *next
 
 cdef int64_t extent_offset(const extent_t *extent, int64_t page) noexcept nogil
 
+# The mutex: to change something; to look; likewise, false if that means waiting.
 cdef int store_enter(store_t *store) noexcept nogil
-cdef void store_leave(store_t *store) noexcept nogil
-cdef bint store_try_enter(store_t *store) noexcept nogil
 cdef void store_wait(store_t *store) noexcept nogil
+cdef bint store_try_enter(store_t *store) noexcept nogil
+cdef void store_leave(store_t *store) noexcept nogil
+
 cdef bint store_is_frozen(const store_t *store) noexcept nogil
 cdef int store_admit(store_t *store, int64_t n_pages) noexcept nogil
+cdef void store_retry_punches(store_t *store) noexcept nogil
 cdef void store_close_file(store_t *store) noexcept nogil
 cdef const char *store_broken_invariant(store_t *store, int64_t held_bytes) noexcept nogil
-cdef int64_t store_retry_punches(store_t *store) noexcept nogil
+
 cdef void store_add_window(store_t *store, window_t *window) noexcept nogil
 cdef void store_remove_window(store_t *store, window_t *window) noexcept nogil
 cdef void store_count_mappings(store_t *store, int64_t delta) noexcept nogil

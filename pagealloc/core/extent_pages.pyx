@@ -23,7 +23,7 @@ Invariants
     n_references      = sum of refs = sum over the windows of their committed pages
     shared pages      = n_references - (n_committed_pages - n_stale_pages)
     held pages       >= n_committed_pages - n_stale_pages
-    n_committed_pages <= budget_pages, but for stale pages
+    n_committed_pages <= budget_pages
 Locking
     One mutex a store, for everything in it and in its windows; who holds it calls no Python (a
     garbage collection could close a window, which takes the same mutex).
@@ -178,9 +178,8 @@ cdef void punch_unused(
             store.stale_extents = extent
 
 
-cdef int64_t store_retry_punches(store_t *store) noexcept nogil:
-    """Try again to punch stale pages; how many were given back."""
-    cdef int64_t n_before = store.n_stale_pages
+cdef void store_retry_punches(store_t *store) noexcept nogil:
+    """Try again to punch stale pages."""
     cdef extent_t *extent = store.stale_extents
     cdef extent_t *next_extent
     store.stale_extents = NULL
@@ -190,7 +189,6 @@ cdef int64_t store_retry_punches(store_t *store) noexcept nogil:
         extent.is_stale = False
         punch_unused(store, extent, 0, INT64_MAX)
         extent = next_extent
-    return n_before - store.n_stale_pages
 
 
 # ---------------------------------------------------------------------------------------------
@@ -242,8 +240,8 @@ cdef void free_if_unused(store_t *store, extent_t *extent) noexcept nogil:
         return
     if extent.refs.n_runs == 0:
         imap_destroy(&extent.refs)
-    # Reading a hole allocates its page, and nobody books that: leave none behind.  A refusal
-    # matters to held bytes only.
+    # Reading a hole allocates its page, and nobody books that: leave none behind.  If the kernel
+    # refuses, the next window here meets a page of zeros that held bytes show and the books don't.
     os_file_punch(
         store.fd, extent_offset(extent, 0), (pages_per_huge << extent.order) * page_bytes
     )
@@ -329,6 +327,8 @@ cdef const char *store_broken_invariant(store_t *store, int64_t held_bytes) noex
         window = window.next
     if n_committed != store.n_committed_pages:
         return "committed pages are not those that refs know"
+    if n_committed > store.budget_pages:
+        return "more is committed than the budget allows"
     if n_stale != store.n_stale_pages:
         return "stale pages are not those with refs = 0"
     if n_references != store.n_references:

@@ -9,7 +9,7 @@ from pagealloc.core.extent_pages cimport store_t
 
 
 cdef class ExtentStore:
-    cdef store_t *store
+    cdef store_t *books
     cdef readonly str name
 
     cdef void lock(self) noexcept

@@ -9,8 +9,8 @@ Structure
 Invariants
     those of extent_pages and store_registry
 Locking
-    The store's mutex.  Taking it with the GIL held is safe, for nobody who holds it waits for
-    the GIL; letting go of the GIL first is kinder to other threads.
+    The store's mutex.  Nobody who holds it waits for the GIL (os.fork() waits for the mutex with
+    the GIL held), and nobody who holds it makes Python objects: that may start a collection.
 Units
     Bytes; pages in store_t.
 """
@@ -20,6 +20,7 @@ import os
 from typing import NamedTuple
 
 cimport cython
+from cpython.number cimport PyNumber_Index
 from libc.stdint cimport INT64_MAX, int64_t
 from libc.stdlib cimport calloc, free
 
@@ -50,17 +51,16 @@ from pagealloc.core.window_pages cimport windows_close_abandoned, windows_forget
 from pagealloc.errors import ClosedError, ForkedError, InvariantError, OutOfMemoryError
 from pagealloc.units import format_bytes, parse_bytes
 
+cdef enum:
+    MAX_NAME_BYTES = 200    # the kernel takes 249
+
 cdef int64_t page_bytes = os_page_bytes()
-MAX_NAME_BYTES = 200    # the kernel's limit is 249 with the prefix it adds
 
 # What the kernel says when memory, of one kind or another, has run out.
-OUT_OF_MEMORY = (
+cdef tuple OUT_OF_MEMORY = (
     _errno.ENOMEM, _errno.ENOSPC, _errno.EAGAIN, _errno.EFAULT, _errno.EDQUOT, _errno.EFBIG,
 )
 
-
-# ---------------------------------------------------------------------------------------------
-# The Python face
 
 class ExtentStats(NamedTuple):
     """The numbers of an `ExtentStore` at one moment; see its attributes of the same names."""
@@ -127,7 +127,7 @@ cdef class ExtentStore:
             budget_bytes = parse_bytes(budget_bytes, name="budget_bytes", minimum=0)
         if max_mappings is None:
             max_mappings = os_max_mappings() // 2
-        elif max_mappings < 0:
+        elif PyNumber_Index(max_mappings) < 0:
             raise ValueError(f"max_mappings={max_mappings} must not be negative")
         self.name = name
         store = <store_t *>calloc(1, sizeof(store_t))
@@ -142,10 +142,10 @@ cdef class ExtentStore:
             self.require(error, "creating an extent store", 0)
         mutex_init(&store.mutex, NULL)
         registry_add(store)
-        self.store = store
+        self.books = store
 
     def __dealloc__(self):
-        cdef store_t *store = self.store
+        cdef store_t *store = self.books
         if store == NULL:
             return
         with nogil:
@@ -169,15 +169,15 @@ cdef class ExtentStore:
         """
         cdef int64_t n_open
         cdef bint is_left = False
-        self.lock()
-        n_open = self.store.n_windows - self.store.n_abandoned
-        if n_open == 0 and not self.store.is_closed:
-            with nogil:
-                windows_close_abandoned(self.store)
-                is_left = self.store.n_abandoned > 0
+        with nogil:
+            store_wait(self.books)
+            n_open = self.books.n_windows - self.books.n_abandoned
+            if n_open == 0 and not self.books.is_closed:
+                windows_close_abandoned(self.books)
+                is_left = self.books.n_abandoned > 0
                 if not is_left:
-                    store_close_file(self.store)
-        store_leave(self.store)
+                    store_close_file(self.books)
+            store_leave(self.books)
         if n_open:
             raise BufferError(f"the extent store has {n_open} open windows: close them first")
         if is_left:
@@ -194,13 +194,13 @@ cdef class ExtentStore:
         cdef int64_t n_pages = 0
         cdef int code
         with nogil:
-            code = store_enter(self.store)
+            code = store_enter(self.books)
             if code == 0:
-                n_pages = self.store.n_committed_pages
-                windows_close_abandoned(self.store)
-                store_retry_punches(self.store)
-                n_pages -= self.store.n_committed_pages
-                store_leave(self.store)
+                n_pages = self.books.n_committed_pages
+                windows_close_abandoned(self.books)
+                store_retry_punches(self.books)
+                n_pages -= self.books.n_committed_pages
+                store_leave(self.books)
         self.require(code, "trim", 0)
         return n_pages * page_bytes
 
@@ -217,10 +217,10 @@ cdef class ExtentStore:
         cdef store_t copy
         cdef int64_t held_bytes = 0
         self.lock()
-        copy = self.store[0]
+        copy = self.books[0]
         if not copy.is_closed:
             held_bytes = os_file_held_bytes(copy.fd)
-        store_leave(self.store)
+        store_leave(self.books)
         if copy.is_closed:
             self.require(STORE_CLOSED, "stats", 0)
         if held_bytes < 0:
@@ -248,9 +248,9 @@ cdef class ExtentStore:
         """
         cdef const char *broken = NULL
         self.lock()
-        if not self.store.is_closed:
-            broken = store_broken_invariant(self.store, os_file_held_bytes(self.store.fd))
-        store_leave(self.store)
+        if not self.books.is_closed:
+            broken = store_broken_invariant(self.books, os_file_held_bytes(self.books.fd))
+        store_leave(self.books)
         if broken != NULL:
             raise InvariantError((<bytes>broken).decode())
 
@@ -262,49 +262,49 @@ cdef class ExtentStore:
     @property
     def fd(self) -> int:
         """The file descriptor; -1 once closed.  Whoever writes through it breaks the books."""
-        return self.store.fd
+        return self.books.fd
 
     @property
     def closed(self) -> bool:
         """True after `close`."""
-        return self.store.is_closed
+        return self.books.is_closed
 
     @property
     def budget_bytes(self) -> int | None:
         """Most bytes that may be committed, in whole pages; None if there is no limit."""
-        if self.store.budget_pages == INT64_MAX:
+        if self.books.budget_pages == INT64_MAX:
             return None
-        return self.store.budget_pages * page_bytes
+        return self.books.budget_pages * page_bytes
 
     @property
     def committed_bytes(self) -> int:
         """Bytes committed by the store's own books, a shared page once; 0 once closed."""
-        return self.store.n_committed_pages * page_bytes
+        return self.books.n_committed_pages * page_bytes
 
     @property
     def held_bytes(self) -> int:
         """Physical bytes of the file, asked of the kernel (about 1 us); 0 once closed."""
-        return 0 if self.store.is_closed else self.stats().held_bytes
+        return 0 if self.books.is_closed else self.stats().held_bytes
 
     @property
     def shared_bytes(self) -> int:
         """What sharing saves: the sum over all pages of (windows that map it - 1) pages."""
-        return 0 if self.store.is_closed else self.stats().shared_bytes
+        return 0 if self.books.is_closed else self.stats().shared_bytes
 
     @property
     def stale_bytes(self) -> int:
         """Bytes nobody uses that the kernel so far refused to take back; see `trim`."""
-        return self.store.n_stale_pages * page_bytes
+        return self.books.n_stale_pages * page_bytes
 
     @property
     def n_mappings(self) -> int:
         """Kernel mappings that this store's windows cost the process, of vm.max_map_count."""
-        return self.store.n_mappings
+        return self.books.n_mappings
 
     @property
     def n_windows(self) -> int:
         """Open windows."""
-        return self.store.n_windows - self.store.n_abandoned
+        return self.books.n_windows - self.books.n_abandoned
 
     def __enter__(self) -> ExtentStore:
         return self
@@ -316,7 +316,7 @@ cdef class ExtentStore:
         raise TypeError("an ExtentStore is memory of this process: it cannot be pickled or copied")
 
     def __repr__(self) -> str:
-        if self.store.is_closed:
+        if self.books.is_closed:
             return f"<ExtentStore {self.name!r}: closed>"
         budget = self.budget_bytes
         limit = "" if budget is None else f" of {format_bytes(budget)}"
@@ -327,10 +327,14 @@ cdef class ExtentStore:
         )
 
     cdef void lock(self) noexcept:
-        """Take the mutex; the GIL is let go only if that means waiting."""
-        if not store_try_enter(self.store):
+        """Take the mutex with the GIL held; the GIL is let go while that means waiting.
+
+        Never waits for the GIL with the mutex held: os.fork() waits the other way round.
+        """
+        while not store_try_enter(self.books):
             with nogil:
-                store_wait(self.store)
+                store_wait(self.books)
+                store_leave(self.books)
 
     cdef int require(self, int code, str action, int64_t asked_bytes) except -1:
         """Raise what `code` means; the GIL is held and the mutex is not."""
@@ -353,7 +357,7 @@ cdef class ExtentStore:
         reason = f"{action}{asked}: the kernel refused ({os.strerror(code)})"
         if code not in OUT_OF_MEMORY:
             raise OSError(code, reason)
-        if self.store == NULL:
+        if self.books == NULL:
             raise OutOfMemoryError(reason)
         raise OutOfMemoryError(
             f"{reason}; {format_bytes(self.committed_bytes)} are committed here in "

@@ -22,6 +22,7 @@ Units
     Pages.
 """
 
+cimport cython
 from libc.errno cimport EINVAL, ENOMEM
 from libc.stdint cimport INT64_MAX, int64_t
 from libc.stdlib cimport free, realloc
@@ -235,6 +236,8 @@ cdef bint imap_is_valid(const interval_map_t *map) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # The Python face, for tests
 
+@cython.final
+@cython.auto_pickle(False)
 cdef class IntervalMap:
     """A map from pages to numbers that stores runs of equal pages.
 

@@ -40,7 +40,6 @@ from pagealloc.core.extent_pages cimport (
     store_admit,
     store_leave,
     store_may_map,
-    store_retry_punches,
     store_t,
     window_t,
 )
@@ -69,7 +68,8 @@ from pagealloc.core.window_pages cimport (
     extent_of,
     window_count_mappings,
     window_enter,
-    window_has_view,
+    window_has_strict_view,
+    window_has_writable_view,
 )
 
 ctypedef struct move_t:
@@ -78,7 +78,7 @@ ctypedef struct move_t:
     extent_t *source        # behind the pages now; NULL: they are uncommitted
     extent_t *target        # shall be behind them; NULL: they shall be uncommitted
     bint is_fresh           # the target's pages are holes, to be committed and filled
-    const char *content     # page 0 of what fills them; NULL: zeros
+    const char *content     # address of the window whose bytes fill them; NULL: zeros
     bint is_done
 
 ctypedef struct plan_t:
@@ -124,47 +124,57 @@ cdef int plan_move(
     return 0
 
 
+cdef int find_holes(
+    window_t *window, int64_t page, int64_t end_page, extent_t **extent, int64_t *n_pages
+) noexcept nogil:
+    """The first extent of the window's chain with a hole at `page`, and how many follow there.
+
+    The own extent comes first, so that copies go home.  A new extent, added when all others have
+    that page in use, costs file offsets only.
+    """
+    cdef extent_t **link = &window.own
+    cdef interval_t gap
+    cdef int64_t start
+    cdef int error
+    while True:
+        if link[0] == NULL:
+            error = extent_new(window.store, window.n_pages, link)
+            if error:
+                return error
+        start = page
+        if imap_next_gap(&link[0].refs, &start, end_page, &gap) and gap.first_page == page:
+            extent[0] = link[0]
+            n_pages[0] = gap.n_pages
+            return 0
+        link = &link[0].next
+
+
 cdef int plan_fresh(
     plan_t *plan, int64_t page, int64_t end_page, extent_t *source, const char *content
 ) noexcept nogil:
-    """Move the pages to holes: of the own extent where it has them, else of the next in the chain.
-
-    A new extent at the chain's end has them everywhere; it costs file offsets only.
-    """
-    cdef window_t *window = plan.window
-    cdef move_t *last
-    cdef extent_t *extent
-    cdef extent_t **link
-    cdef interval_t gap
-    cdef int64_t start
-    cdef int code
+    """Move the pages to holes, filled with `content` (the bytes of its window; NULL: zeros)."""
+    cdef move_t *move = &plan.moves[plan.n_moves - 1] if plan.n_moves else NULL
+    cdef extent_t *target = NULL
+    cdef int64_t n_pages = 0
+    cdef int error
     while page < end_page:
-        link = &window.own
-        while True:
-            if link[0] == NULL:
-                code = extent_new(window.store, window.n_pages, link)
-                if code:
-                    return code
-            extent = link[0]
-            start = page
-            if imap_next_gap(&extent.refs, &start, end_page, &gap) and gap.first_page == page:
-                break
-            link = &extent.next
-        last = plan.moves + plan.n_moves - 1
+        error = find_holes(plan.window, page, end_page, &target, &n_pages)
+        if error:
+            return error
         if (
-            plan.n_moves and last.first_page + last.n_pages == page
-            and last.source == source and last.target == extent
+            move != NULL and move.first_page + move.n_pages == page
+            and move.source == source and move.target == target
         ):
-            last.n_pages += gap.n_pages
+            move.n_pages += n_pages
         else:
-            code = plan_move(plan, page, gap.n_pages, source, extent)
-            if code:
-                return code
-            last = plan.moves + plan.n_moves - 1
-            last.is_fresh = True
-            last.content = content
-        plan.n_fresh_pages += gap.n_pages
-        page += gap.n_pages
+            error = plan_move(plan, page, n_pages, source, target)
+            if error:
+                return error
+            move = &plan.moves[plan.n_moves - 1]
+            move.is_fresh = True
+            move.content = content
+        plan.n_fresh_pages += n_pages
+        page += n_pages
     return 0
 
 
@@ -336,9 +346,7 @@ cdef int window_release(window_t *window, int64_t first_page, int64_t n_pages) n
     cdef int code = window_enter(window)
     if code:
         return code
-    if window.store.n_stale_pages:
-        store_retry_punches(window.store)
-    if window_has_view(window, first_page, n_pages, False):
+    if window_has_strict_view(window, first_page, n_pages):
         code = WINDOW_VIEWED
     while code == 0 and imap_next(&window.sources, &page, first_page + n_pages, &run):
         code = plan_move(&plan, run.first_page, run.n_pages, extent_of(&run), NULL)
@@ -364,8 +372,8 @@ cdef int window_share(
     elif imap_next(&window.sources, &page, end_page, &run):
         code = WINDOW_TAKEN
     elif (
-        window_has_view(window, first_page, n_pages, True)
-        or window_has_view(other, first_page, n_pages, True)
+        window_has_writable_view(window, first_page, n_pages)
+        or window_has_writable_view(other, first_page, n_pages)
     ):
         code = WINDOW_VIEWED
     n_runs = imap_find(&other.sources, end_page) - imap_find(&other.sources, first_page) + 1

@@ -46,7 +46,7 @@ cdef void after_fork_in_child() noexcept nogil:
     """Keep the child from writing into its parent's memory.
 
     A window that the kernel refuses to protect is unmapped: a crash here is better than a
-    silent change there.
+    silent change there.  Its address is forgotten, lest closing it unmaps what came to lie there.
     """
     cdef store_t *store = stores
     cdef window_t *window
@@ -57,6 +57,7 @@ cdef void after_fork_in_child() noexcept nogil:
             nbytes = <size_t>window.n_pages * os_page_bytes()
             if os_protect_read_only(window.address, nbytes) != 0:
                 os_release(window.address, nbytes)
+                window.address = NULL
             window = window.next
         store = store.next
     after_fork()

@@ -30,8 +30,6 @@ from pagealloc.core.extent_pages cimport (
     STORE_FORKED,
     store_is_frozen,
     store_leave,
-    store_try_enter,
-    store_wait,
     view_t,
     window_t,
 )
@@ -68,17 +66,18 @@ cdef int64_t huge_page_bytes = os_huge_page_bytes()
 
 
 class Run(NamedTuple):
-    """A run of committed pages of a window that stand alike."""
+    """A run of committed pages of a window that stand alike.
+
+    `offset` and `file_offset` say where it starts in the window and in the store's file; `is_own`,
+    whether that is the window's own part of the file; `n_refs`, how many windows map it (1: it is
+    private).
+    """
 
     offset: int
-    """Where it starts in the window."""
     nbytes: int
     file_offset: int
-    """Where it lies in the store's file."""
     is_own: bool
-    """In the window's own part of the file, rather than in another's."""
     n_refs: int
-    """How many windows map it; 1: private."""
 
 
 @cython.final
@@ -109,6 +108,13 @@ cdef class Window:
 
     Methods are thread-safe; what is written through views is the business of whoever writes.  A
     window that was never closed closes when nobody refers to it or to a view of it.
+
+    Whoever gets an `OutOfMemoryError` finds everything as it was.  Only a kernel that refuses to
+    map old pages back, right after it refused to map new ones, leaves some of them changed:
+    committed, shared or private as was asked, with the right bytes.
+
+    In a child of ``os.fork()`` windows can be read.  Writing through an array made before the fork
+    ends the child with SIGSEGV, for it would write into its parent.
     """
 
     def __cinit__(self, ExtentStore store not None, nbytes: int | str):
@@ -117,7 +123,7 @@ cdef class Window:
         cdef int code
         length_bytes = (length_bytes + huge_page_bytes - 1) // huge_page_bytes * huge_page_bytes
         with nogil:
-            code = window_open(store.store, length_bytes // page_bytes, &pages)
+            code = window_open(store.books, length_bytes // page_bytes, &pages)
         store.require(code, "reserving a window", length_bytes)
         self.store = store
         self.pages = pages
@@ -252,7 +258,7 @@ cdef class Window:
         self.find(offset, nbytes, False, &first_page, &n_pages)
         self.store.lock()
         is_private = window_is_private(self.pages, first_page, n_pages)
-        store_leave(self.store.store)
+        store_leave(self.store.books)
         return is_private
 
     def view(
@@ -287,30 +293,7 @@ cdef class Window:
             `writable`, and another window maps a page of the range: call `make_private` first.
         ClosedError, ForkedError
         """
-        cdef int64_t first_page = 0, n_pages = 0
-        cdef int code
-        cdef WindowView exported
-        self.find(offset, nbytes, False, &first_page, &n_pages)
-        if holes != "refused" and holes != "allowed":
-            raise ValueError(f"holes={holes!r} is neither 'refused' nor 'allowed'")
-        if mark < 0:
-            raise ValueError(f"mark={mark} must not be negative")
-        exported = WindowView.__new__(WindowView)
-        exported.view.offset_bytes = offset
-        exported.view.nbytes = nbytes
-        exported.view.mark = PyNumber_Index(mark)
-        exported.view.is_writable = writable
-        exported.view.may_have_holes = holes == "allowed"
-        self.store.lock()
-        if writable and store_is_frozen(self.store.store):
-            code = STORE_FORKED
-        else:
-            code = window_add_view(self.pages, &exported.view)
-        store_leave(self.store.store)
-        if code:
-            self.require(code, "view", offset, nbytes)
-        exported.window = self  # from here on its death removes it from the window's list
-        return exported
+        return WindowView(self, offset, nbytes, writable=writable, mark=mark, holes=holes)
 
     def highest_mark(self) -> int:
         """Return the largest mark of the live views; -1 if there are none."""
@@ -321,13 +304,13 @@ cdef class Window:
         while view != NULL:
             highest = max(highest, view.mark)
             view = view.next
-        store_leave(self.store.store)
+        store_leave(self.store.books)
         return highest
 
     def runs(self) -> list[Run]:
         """Return the runs of committed pages, by offset, for statistics and tests."""
         cdef page_use_t *uses = NULL
-        cdef int64_t capacity = 16, n_uses = 17, i
+        cdef int64_t capacity = 0, n_uses = 16, i
         try:
             while n_uses > capacity:
                 capacity = n_uses
@@ -337,7 +320,7 @@ cdef class Window:
                     raise MemoryError("no memory to list a window's runs")
                 self.store.lock()
                 n_uses = window_uses(self.pages, uses, capacity)
-                store_leave(self.store.store)
+                store_leave(self.store.books)
             return [
                 Run(
                     offset=uses[i].first_page * page_bytes,
@@ -378,13 +361,13 @@ cdef class Window:
         cdef const char *broken
         self.store.lock()
         broken = window_broken_invariant(self.pages)
-        store_leave(self.store.store)
+        store_leave(self.store.books)
         if broken != NULL:
             raise InvariantError((<bytes>broken).decode())
 
     @property
     def address(self) -> int:
-        """Where it starts in memory, on a huge page; the same until it is closed."""
+        """Where it starts in memory, on a huge page; the same until `close`, then 0."""
         return <uintptr_t>self.pages.address
 
     @property
@@ -476,7 +459,7 @@ cdef class Window:
             raise BufferError(f"{what}: other windows map these pages; call make_private first")
         if code == WINDOW_VIEWED:
             raise BufferError(f"{what}: live views forbid it; let go of the arrays made from them")
-        return self.store.require(code, what, nbytes)
+        return self.store.require(code, what, 0)
 
 
 @cython.final
@@ -484,21 +467,49 @@ cdef class Window:
 cdef class WindowView:
     """Bytes of a window, for the buffer protocol: ``np.frombuffer(view)``, ``memoryview(view)``.
 
-    Made by `Window.view`.  Whatever was made from it keeps it alive, and it keeps the window
-    open.  Thread-safe.
+    Made by `Window.view`, which says what the arguments mean.  Whatever was made from it keeps it
+    alive, and it keeps the window open.  Thread-safe.
     """
 
-    def __init__(self):
-        raise TypeError("a WindowView is made by Window.view()")
+    def __cinit__(
+        self,
+        Window window not None,
+        offset: int,
+        nbytes: int,
+        *,
+        writable: bool = False,
+        mark: int = 0,
+        holes: str = "refused",
+    ):
+        cdef int64_t first_page = 0, n_pages = 0
+        cdef int code
+        offset = PyNumber_Index(offset)
+        nbytes = PyNumber_Index(nbytes)
+        window.find(offset, nbytes, False, &first_page, &n_pages)
+        if holes != "refused" and holes != "allowed":
+            raise ValueError(f"holes={holes!r} is neither 'refused' nor 'allowed'")
+        if mark < 0:
+            raise ValueError(f"mark={mark} must not be negative")
+        self.view.offset_bytes = offset
+        self.view.nbytes = nbytes
+        self.view.mark = PyNumber_Index(mark)
+        self.view.is_writable = writable
+        self.view.may_have_holes = holes == "allowed"
+        window.store.lock()
+        if self.view.is_writable and store_is_frozen(window.pages.store):
+            code = STORE_FORKED
+        else:
+            code = window_add_view(window.pages, &self.view, first_page, n_pages)
+        store_leave(window.pages.store)
+        if code:
+            window.require(code, "view", offset, nbytes)
+        self.window = window    # from here on its death takes it from the window's list
 
     def __dealloc__(self):
-        if self.window is None:
-            return
-        if not store_try_enter(self.window.pages.store):
-            with nogil:
-                store_wait(self.window.pages.store)
-        window_remove_view(self.window.pages, &self.view)
-        store_leave(self.window.pages.store)
+        if self.window is not None:
+            self.window.store.lock()
+            window_remove_view(self.window.pages, &self.view)
+            store_leave(self.window.pages.store)
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         PyBuffer_FillInfo(

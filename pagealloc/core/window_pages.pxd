@@ -41,10 +41,15 @@ cdef void windows_forget_abandoned(store_t *store) noexcept nogil
 cdef bint window_is_private(
     const window_t *window, int64_t first_page, int64_t n_pages
 ) noexcept nogil
-cdef bint window_has_view(
-    const window_t *window, int64_t first_page, int64_t n_pages, bint is_writable
+cdef bint window_has_writable_view(
+    const window_t *window, int64_t first_page, int64_t n_pages
 ) noexcept nogil
-cdef int window_add_view(window_t *window, view_t *view) noexcept nogil
+cdef bint window_has_strict_view(
+    const window_t *window, int64_t first_page, int64_t n_pages
+) noexcept nogil
+cdef int window_add_view(
+    window_t *window, view_t *view, int64_t first_page, int64_t n_pages
+) noexcept nogil
 cdef void window_remove_view(window_t *window, view_t *view) noexcept nogil
 cdef int64_t window_uses(
     const window_t *window, page_use_t *uses, int64_t capacity

@@ -27,7 +27,7 @@ Units
 """
 
 from libc.errno cimport ENOMEM
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
 
 from pagealloc.core.extent_pages cimport (
@@ -109,7 +109,7 @@ cdef int map_own_extent(window_t *window, size_t nbytes) noexcept nogil:
             code = os_advise(window.address, nbytes, MADV_DONTDUMP)
         if code:
             extent_detach(window.store, window.own)
-    if code:
+    if code:    # a refusal to unmap costs address space only
         os_release(window.address, nbytes)
     return code
 
@@ -127,12 +127,14 @@ cdef int close_locked(window_t *window) noexcept nogil:
         run = &window.sources.runs[i]
         if imap_reserve(&extent_of(run).refs, 4 * window.sources.n_runs):
             return ENOMEM
-    code = os_release(window.address, <size_t>(window.n_pages * page_bytes))
-    if code:
-        return code
+    if window.address != NULL:
+        code = os_release(window.address, <size_t>(window.n_pages * page_bytes))
+        if code:
+            return code
     store_remove_window(store, window)
     store_count_mappings(store, -window.n_mappings)
     window.is_closed = True
+    window.address = NULL
     if not store_is_frozen(store):  # else the pages are the parent's
         for i in range(window.sources.n_runs):
             run = &window.sources.runs[i]
@@ -208,17 +210,34 @@ cdef int window_enter(window_t *window) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # Looking
 
-cdef bint window_has_view(
-    const window_t *window, int64_t first_page, int64_t n_pages, bint is_writable
-) noexcept nogil:
-    """True if a live view on the range is writable, or (not `is_writable`) allows no holes."""
+cdef inline bint covers(const view_t *view, int64_t first_page, int64_t n_pages) noexcept nogil:
     cdef int64_t start_bytes = first_page * page_bytes
-    cdef int64_t end_bytes = start_bytes + n_pages * page_bytes
+    return (
+        view.offset_bytes < start_bytes + n_pages * page_bytes
+        and view.offset_bytes + view.nbytes > start_bytes
+    )
+
+
+cdef bint window_has_writable_view(
+    const window_t *window, int64_t first_page, int64_t n_pages
+) noexcept nogil:
+    """True if somebody may write to the range: its pages must stay private."""
     cdef view_t *view = window.views
     while view != NULL:
-        if view.offset_bytes < end_bytes and view.offset_bytes + view.nbytes > start_bytes:
-            if view.is_writable if is_writable else not view.may_have_holes:
-                return True
+        if view.is_writable and covers(view, first_page, n_pages):
+            return True
+        view = view.next
+    return False
+
+
+cdef bint window_has_strict_view(
+    const window_t *window, int64_t first_page, int64_t n_pages
+) noexcept nogil:
+    """True if a view relies on the range: its pages must stay committed."""
+    cdef view_t *view = window.views
+    while view != NULL:
+        if not view.may_have_holes and covers(view, first_page, n_pages):
+            return True
         view = view.next
     return False
 
@@ -239,17 +258,19 @@ cdef bint window_is_private(
     return True
 
 
-cdef int window_add_view(window_t *window, view_t *view) noexcept nogil:
-    """Export a part of the window, if its pages are such as the view promises."""
-    cdef int64_t first_page = view.offset_bytes // page_bytes
-    cdef int64_t end_page = (view.offset_bytes + view.nbytes + page_bytes - 1) // page_bytes
+cdef int window_add_view(
+    window_t *window, view_t *view, int64_t first_page, int64_t n_pages
+) noexcept nogil:
+    """Export a part of the window, if these pages, which cover it, are as the view promises."""
     cdef int64_t page = first_page
     cdef interval_t gap
-    if window.is_closed:
+    if window.address == NULL:
         return WINDOW_CLOSED
-    if not view.may_have_holes and imap_next_gap(&window.sources, &page, end_page, &gap):
+    if not view.may_have_holes and imap_next_gap(
+        &window.sources, &page, first_page + n_pages, &gap
+    ):
         return WINDOW_HOLE
-    if view.is_writable and not window_is_private(window, first_page, end_page - first_page):
+    if view.is_writable and not window_is_private(window, first_page, n_pages):
         return WINDOW_SHARED
     view.previous = NULL
     view.next = window.views
@@ -320,19 +341,20 @@ cdef const char *window_broken_invariant(const window_t *window) noexcept nogil:
 
 
 cdef int64_t mappings_of(const window_t *window) noexcept nogil:
+    """Count from page to page where another extent begins to be mapped."""
     cdef extent_t *current = NULL
     cdef interval_t *run
     cdef int64_t i, n_mappings = 0, end_page = 0
-    for i in range(window.sources.n_runs + 1):
+    for i in range(window.sources.n_runs):
         run = &window.sources.runs[i]
-        if end_page < (run.first_page if i < window.sources.n_runs else window.n_pages):
-            n_mappings += current != window.own
+        if end_page < run.first_page and current != window.own:
+            n_mappings += 1
             current = window.own
-        if i < window.sources.n_runs:
-            n_mappings += current != extent_of(run)
+        if current != extent_of(run):
+            n_mappings += 1
             current = extent_of(run)
-            end_page = run.first_page + run.n_pages
-    return n_mappings
+        end_page = run.first_page + run.n_pages
+    return n_mappings + (end_page < window.n_pages and current != window.own)
 
 
 cdef void window_count_mappings(window_t *window) noexcept nogil:
