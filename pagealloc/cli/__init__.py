@@ -1,0 +1,12 @@
+"""The command line, one module a subcommand.
+
+A subcommand's module has ``NAME``, ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``
+(the exit code), and is listed in `pagealloc.cli.main`.  Importing it must stay cheap: what a
+command needs beyond argparse is imported in its ``run``.
+"""
+
+__all__ = ["CommandError"]
+
+
+class CommandError(Exception):
+    """A subcommand cannot go on; the message says what would help."""

@@ -1,0 +1,96 @@
+"""``pagealloc demo``: a language model on pagealloc, beside the usual preallocated caches."""
+
+import argparse
+from pathlib import Path
+
+__all__ = ["HELP", "NAME", "add_arguments", "run"]
+
+NAME = "demo"
+HELP = "run a language model on pagealloc and show what that saves"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the options of this subcommand."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model",
+        metavar="FILE.gguf",
+        help="a Llama model of your own (default: SmolLM2-135M-Instruct, if it is installed)",
+    )
+    source.add_argument(
+        "--quick", action="store_true", help="a tiny random model: seconds, but no sense"
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="answer this one question, and compare nothing"
+    )
+    parser.add_argument(
+        "--conversations", type=_positive, default=8, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--n-ctx",
+        type=_positive,
+        default=8192,
+        metavar="TOKENS",
+        help="context of each conversation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        metavar="TOKENS",
+        help="longest answer (default: 48; with --prompt 256)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_not_negative,
+        default=0.0,
+        help="0 takes the likeliest token (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="for --temperature and --quick")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("pagealloc-demo.json"),
+        metavar="PATH",
+        help="where the figures go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--png",
+        type=Path,
+        default=Path("pagealloc-demo.png"),
+        metavar="PATH",
+        help="where the picture goes (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo; 0 if both sides gave the same tokens, 3 if not."""
+    from pagealloc.demo.session import DemoOptions, run_comparison, run_prompt
+
+    options = DemoOptions(
+        model=args.model,
+        quick=args.quick,
+        n_conversations=args.conversations,
+        n_ctx=args.n_ctx,
+        max_new_tokens=args.max_new_tokens or (48 if args.prompt is None else 256),
+        temperature=args.temperature,
+        seed=args.seed,
+        json_path=args.json,
+        png_path=args.png,
+    )
+    if args.prompt is not None:
+        return run_prompt(options, args.prompt)
+    return run_comparison(options)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value

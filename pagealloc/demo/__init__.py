@@ -1,0 +1,21 @@
+"""The demo: a language model that keeps its KV cache in pagealloc, beside one that does not.
+
+A small Llama in NumPy, readable from end to end:
+
+================  ============================================================
+`model_file`      where the model comes from
+`weights`         GGUF -> shape and float32 weights
+`tokenizer`       the model's own vocabulary
+`chat`            how a model wants a conversation written
+`engine`          the forward pass
+`kv_stores`       where the engine keeps K and V: preallocated, or in pagealloc
+`generation`      prefill, sampling, decoding
+`perplexity`      what storing K and V in fewer bits costs
+================  ============================================================
+
+and what ``pagealloc demo`` makes of it: `conversations` and `english_text` (the input), `sides`,
+`side` and `job` (a process for each side), `measure` (what it costs), `comparison`, `report`,
+`display` and `chart` (what a person sees), `tiny_model` (for ``--quick``), `session` (the whole).
+
+Needs the extra ``demo``: ``pip install 'pagealloc[demo]'``.
+"""

@@ -1,0 +1,141 @@
+"""Runs both sides on the same work, each in a process of its own, and compares what they say."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from pagealloc.demo.errors import DemoError
+from pagealloc.demo.job import SideJob, SideResult
+from pagealloc.demo.sides import SIDES
+
+__all__ = ["REFERENCE_PERCENT", "Comparison", "Watcher", "compare_sides", "run_side_process"]
+
+REFERENCE_PERCENT = {"kv_bytes": -57.3, "faults_total": -57.5}
+"""The changes that the reference claims for the same two figures."""
+
+START_SIDE = """
+import sys
+sys.path[:] = sys.argv[1:]  # the same pagealloc as ours, wherever that was found
+from pagealloc.demo.side import main
+main()
+"""
+
+ERROR_TAIL_LINES = 15
+
+
+class Watcher(Protocol):
+    """Is told what a side's process is doing."""
+
+    def side_started(self, side: str) -> None:
+        """A process begins."""
+
+    def phase_started(self, phase: str, total_tokens: int) -> None:
+        """The process begins a phase of so many tokens; 0 where tokens are not counted."""
+
+    def advanced(self, n_tokens: int) -> None:
+        """So many tokens more of the phase are done."""
+
+    def token_chosen(self, conversation: int, token_id: int) -> None:
+        """A conversation has one token more."""
+
+    def side_finished(self, side: str) -> None:
+        """The process is done."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The figures of both sides."""
+
+    baseline: SideResult
+    pagealloc: SideResult
+
+    @property
+    def tokens_identical(self) -> list[bool]:
+        """Whether both sides gave the same tokens, by conversation."""
+        pairs = zip(self.baseline.token_ids, self.pagealloc.token_ids, strict=True)
+        return [ours == theirs for theirs, ours in pairs]
+
+    def reduction_percent(self, figure: str) -> float:
+        """Return how far a figure of `SideResult` lies below the baseline's, in percent."""
+        before: float = getattr(self.baseline, figure)
+        after: float = getattr(self.pagealloc, figure)
+        return 100.0 * (before - after) / before
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `pagealloc-demo.json` says about the two sides."""
+        return {
+            "baseline": self.baseline.to_json(),
+            "pagealloc": self.pagealloc.to_json(),
+            "reduction_percent": {
+                figure: round(self.reduction_percent(figure), 2) for figure in REFERENCE_PERCENT
+            },
+            "reference_percent": {
+                figure: -percent for figure, percent in REFERENCE_PERCENT.items()
+            },
+            "tokens_identical": all(self.tokens_identical),
+        }
+
+
+def compare_sides(job: SideJob, watcher: Watcher) -> Comparison:
+    """Run the job on every side, one after the other."""
+    return Comparison(
+        **{side: run_side_process(replace(job, side=side), watcher) for side in SIDES}
+    )
+
+
+def run_side_process(job: SideJob, watcher: Watcher) -> SideResult:
+    """Run one side in a fresh interpreter, and pass on what it says.
+
+    Raises
+    ------
+    DemoError
+        If the process failed; the message ends with what it wrote to standard error.
+    """
+    watcher.side_started(job.side)
+    result: SideResult | None = None
+    with (
+        tempfile.TemporaryFile("w+") as error_output,
+        subprocess.Popen(
+            [sys.executable, "-c", START_SIDE, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=error_output,
+            text=True,
+        ) as process,
+    ):
+        if process.stdin is None or process.stdout is None:
+            raise DemoError("the side's process has no pipes")
+        try:
+            process.stdin.write(job.to_json())
+            process.stdin.close()
+            for line in process.stdout:
+                event = json.loads(line)
+                if event["event"] == "result":
+                    result = SideResult.from_json(event["result"])
+                else:
+                    _tell(watcher, event)
+        except BaseException:
+            process.kill()
+            raise
+        if process.wait() != 0 or result is None:
+            error_output.seek(0)
+            tail = "".join(error_output.readlines()[-ERROR_TAIL_LINES:]).rstrip()
+            raise DemoError(
+                f"the process of the side {job.side!r} ended with exit code "
+                f"{process.returncode}:\n{tail}"
+            )
+    watcher.side_finished(job.side)
+    return result
+
+
+def _tell(watcher: Watcher, event: dict[str, Any]) -> None:
+    match event["event"]:
+        case "phase":
+            watcher.phase_started(event["phase"], event["total_tokens"])
+        case "advance":
+            watcher.advanced(event["tokens"])
+        case "token":
+            watcher.token_chosen(event["conversation"], event["token_id"])

@@ -1,0 +1,107 @@
+"""The demo's one table, as rows of text; how they are drawn is the display's business."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from pagealloc.demo.comparison import REFERENCE_PERCENT, Comparison
+from pagealloc.demo.job import SideResult
+from pagealloc.units import format_bytes
+
+__all__ = ["COLUMNS", "Row", "footnotes", "table_rows", "verdict", "write_percent"]
+
+MINUS = "\u2212"
+
+COLUMNS = ("", "baseline", "pagealloc", "change", "reference")
+
+FOOTNOTES = (
+    "(1) Physical memory, page tables included, with all conversations alive.",
+    (
+        "(2) Minor and major faults from the moment the weights are loaded until the last "
+        "conversation has its first token: all caches created, then every first inference."
+    ),
+    (
+        "(3) Of the whole process, weights included. RSS counts a shared page once per mapping: "
+        "here the pages of the shared prompt, once for each conversation that read them."
+    ),
+)
+
+THP_NOTE = (
+    "(2) Transparent huge pages are 'always' on this machine: one fault brings the baseline 2 MiB, "
+    "where it brings a window one page. The reference's figure is about base pages."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    label: str
+    baseline: str
+    pagealloc: str
+    change: str = ""
+    reference: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row in the order of `COLUMNS`."""
+        return (self.label, self.baseline, self.pagealloc, self.change, self.reference)
+
+
+def table_rows(comparison: Comparison) -> list[Row]:
+    """Return the lines of the table."""
+
+    def row(label: str, read: Callable[[SideResult], float], write: Callable[[Any], str]) -> Row:
+        return Row(label, write(read(comparison.baseline)), write(read(comparison.pagealloc)))
+
+    def compared(label: str, figure: str, write: Callable[[Any], str]) -> Row:
+        plain = row(label, lambda side: float(getattr(side, figure)), write)
+        change = write_percent(-comparison.reduction_percent(figure))
+        reference = REFERENCE_PERCENT.get(figure)
+        return replace(
+            plain, change=change, reference="" if reference is None else write_percent(reference)
+        )
+
+    return [
+        compared("KV memory held (1)", "kv_bytes", _bytes),
+        compared("page faults (2)", "faults_total", _count),
+        row("  of these at start-up", lambda side: side.faults_startup, _count),
+        row("  of these in the first inference", lambda side: side.faults_first_inference, _count),
+        compared("peak RSS (3)", "peak_rss_bytes", _bytes),
+        row("creating the caches", lambda side: side.startup_s, _seconds),
+        row("time to first token, first conversation", lambda s: s.first_token_s[0], _seconds),
+        row("time to first token, median of all", lambda s: median(s.first_token_s), _seconds),
+        row("prompt tokens computed", lambda side: side.prompt_tokens_computed, _count),
+        row("tokens/s, decoding", lambda side: side.decode_tokens_per_s, "{:.1f}".format),
+    ]
+
+
+def footnotes(transparent_huge_pages: str) -> tuple[str, ...]:
+    """Return what the marks in the table mean on a machine with this THP setting."""
+    return (*FOOTNOTES, THP_NOTE) if "[always]" in transparent_huge_pages else FOOTNOTES
+
+
+def verdict(comparison: Comparison) -> str:
+    """Say in one sentence whether both sides gave the same text."""
+    same = comparison.tokens_identical
+    if all(same):
+        return f"The generated tokens are identical in all {len(same)} conversations."
+    different = [str(index + 1) for index, is_same in enumerate(same) if not is_same]
+    return f"THE GENERATED TOKENS DIFFER in conversation {', '.join(different)} of {len(same)}."
+
+
+def write_percent(change: float) -> str:
+    """Return a change in percent with its sign."""
+    return f"{change:+.1f} %".replace("-", MINUS)
+
+
+def _bytes(value: float) -> str:
+    return format_bytes(int(value))
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
