@@ -14,6 +14,7 @@ cdef extern from "os_compat.h" nogil:
     const int MADV_HUGEPAGE
     const int MADV_NOHUGEPAGE
     const int MADV_DONTDUMP
+    const int MADV_COLLAPSE
 
 # Asked of the machine once, at import.
 cdef size_t os_page_bytes() noexcept nogil

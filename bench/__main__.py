@@ -1,0 +1,68 @@
+"""``python -m bench NAME``: runs one benchmark, prints its table, writes its JSON."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
+
+
+def prefer_installed_package() -> None:
+    """Measure the built package: the checkout's folder of the same name may hold no extensions."""
+    entries = list(sys.path)
+    sys.path[:] = [entry for entry in entries if Path(entry or ".").resolve() != ROOT]
+    if importlib.util.find_spec("pagealloc") is None:
+        sys.path[:] = entries  # built in place, and not installed
+
+
+def summaries() -> dict[str, str]:
+    """Return each benchmark's name and the line that says what it measures."""
+    found = {}
+    for path in sorted(BENCH.glob("bench_*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+        found[path.stem.removeprefix("bench_")] = docstring.partition("\n")[0]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0: all bars hold, 1: a bar is missed, 2: called the wrong way."""
+    known = summaries()
+    listing = "\n".join(f"  {name:10} {summary}" for name, summary in known.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measure pagealloc.",
+        epilog=f"benchmarks:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="which benchmark; none: list them")
+    parser.add_argument(
+        "--rounds", type=int, default=25, help="repetitions of each case (%(default)s)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="where the JSON goes (.benchmarks/NAME.json)"
+    )
+    options = parser.parse_args(arguments)
+    if options.name is None:
+        print(listing)
+        return 0
+    if options.name not in known:
+        parser.error(f"there is no benchmark {options.name!r}; there are: {', '.join(known)}")
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least 1 is possible")
+    prefer_installed_package()
+    report = importlib.import_module(f"bench.bench_{options.name}").run(options.rounds)
+    path = options.json or Path(".benchmarks", f"{options.name}.json")
+    report.write_json(path)
+    print(report)
+    print(f"written to {path}")
+    return 0 if report.holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

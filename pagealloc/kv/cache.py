@@ -1,0 +1,224 @@
+"""KVCache: the sequences of one layout and one owner, over one extent store.
+
+Purpose
+    Make sequences, keep the budget, and say what they hold.
+Structure
+    ::
+
+        KVCache ---- ExtentStore (one memfd, the budget)
+           |  weakly       |
+           +-- Sequence -- Window   one each; forks share pages of the store
+Invariants
+    n_sequences counts open sequences; a sequence nobody refers to gives its pages back by itself.
+    needed_bytes <= file_bytes, for every distinct row lies in the file at least once.
+Locking
+    None of its own: the store serialises, and the registry is only touched by single operations of
+    a dict, which are atomic.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import NoReturn, Self
+
+from pagealloc import ExtentStore, Window
+from pagealloc.errors import ClosedError, ForkedError, InvariantError
+from pagealloc.kv.layout import KVLayout
+from pagealloc.kv.lineage import count_distinct_rows
+from pagealloc.kv.rows import RowWriter
+from pagealloc.kv.sequence import Sequence
+from pagealloc.kv.stats import KVStats, page_table_bytes
+from pagealloc.units import format_bytes
+
+__all__ = ["KVCache"]
+
+# ruff: noqa: SLF001  cache and sequences are one unit
+
+
+class KVCache:
+    """Holds the KV rows of any number of sequences.
+
+    Parameters
+    ----------
+    layout : KVLayout
+        Shape, type and order of the rows; the same for all its sequences.
+    budget_bytes : int or str, optional
+        Most bytes of pages it may hold, such as ``"4GiB"``; no limit but the machine's by default.
+    salt : str or bytes, optional
+        Names the owner.  Nothing is shared across salts, and each cache has its own memory file.
+
+    Examples
+    --------
+    >>> from pagealloc.kv import KVCache, KVLayout
+    >>> layout = KVLayout(n_layers=30, n_kv_heads=3, head_dim=64, max_tokens=8192, order="block")
+    >>> with KVCache(layout, budget_bytes="1GiB") as cache:
+    ...     prompt = cache.sequence()
+    ...     conversations = [prompt.fork() for _ in range(8)]
+    ...     cache.stats().n_sequences
+    9
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_layout",
+        "_page_table_bytes_before",
+        "_pid",
+        "_salt",
+        "_sequences",
+        "_store",
+        "_writer",
+    )
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        *,
+        budget_bytes: int | str | None = None,
+        salt: str | bytes | None = None,
+    ) -> None:
+        if not isinstance(layout, KVLayout):
+            raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
+        if salt is not None and not isinstance(salt, str | bytes):
+            raise TypeError(f"salt must be str or bytes, not {type(salt).__name__}")
+        self._layout = layout
+        self._salt = salt
+        self._sequences: dict[int, weakref.ref[Sequence]] = {}
+        self._page_table_bytes_before = page_table_bytes()
+        self._writer = RowWriter(layout)
+        self._pid = os.getpid()
+        self._store = ExtentStore(budget_bytes=budget_bytes, name="pagealloc-kv")
+        if layout.page_bytes % self._store.page_bytes:
+            machine_page_bytes = self._store.page_bytes
+            self._store.close()
+            raise ValueError(
+                f"the layout's pages of {layout.page_bytes} bytes are no multiple of this "
+                f"machine's {machine_page_bytes}"
+            )
+
+    @property
+    def layout(self) -> KVLayout:
+        """Shape, type and order of the rows."""
+        return self._layout
+
+    @property
+    def salt(self) -> str | bytes | None:
+        """Name of the owner."""
+        return self._salt
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._store.closed
+
+    def sequence(self) -> Sequence:
+        """Return a new, empty sequence.  It reserves address space and commits nothing.
+
+        Raises
+        ------
+        OutOfMemoryError
+            The kernel refused the address range.
+        ClosedError, ForkedError
+            The cache is closed, or inherited through ``os.fork()``.
+        """
+        return Sequence(self)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The open sequences, oldest first."""
+        references = list(self._sequences.values())
+        found = [sequence for reference in references if (sequence := reference()) is not None]
+        return [sequence for sequence in found if not sequence.closed]
+
+    def stats(self) -> KVStats:
+        """Return what the cache holds, needs, shares and wastes now; see `KVStats`."""
+        self._check_open()
+        layout, sequences = self._layout, self.sequences
+        store = self._store.stats()
+        tables_bytes = max(0, page_table_bytes() - self._page_table_bytes_before)
+        standing = [(sequence._branch, sum(sequence.layer_lengths)) for sequence in sequences]
+        return KVStats(
+            file_bytes=store.held_bytes,
+            page_table_bytes=tables_bytes,
+            committed_bytes=store.committed_bytes,
+            needed_bytes=count_distinct_rows(standing, layout.n_layers) * layout.token_stride,
+            shared_bytes=store.shared_bytes,
+            n_sequences=len(sequences),
+            n_tokens=sum(len(sequence) for sequence in sequences),
+            budget_bytes=store.budget_bytes,
+        )
+
+    def check(self) -> None:
+        """Raise InvariantError if what the modules say must hold does not.
+
+        No other thread may be changing a sequence meanwhile.
+        """
+        if self.closed:
+            return
+        self._store.check()
+        for sequence in self.sequences:
+            sequence.check()
+        stats = self.stats()
+        if stats.needed_bytes > stats.file_bytes:
+            raise InvariantError(
+                f"{stats.needed_bytes} bytes of distinct rows lie in {stats.file_bytes} bytes"
+            )
+
+    def close(self) -> None:
+        """Close all sequences and give all memory back.  A second call does nothing.
+
+        Raises
+        ------
+        BufferError
+            An array over a sequence's rows is still alive; nothing is closed then.
+        """
+        if self.closed:
+            return
+        sequences = self.sequences
+        n_views = sum(sequence._window.n_views for sequence in sequences)
+        if n_views or self._store.n_windows > len(sequences):
+            raise BufferError(
+                "cannot close the cache: arrays that k() and v() returned are still alive"
+            )
+        for sequence in sequences:
+            sequence.close()
+        self._store.close()
+
+    def _new_window(self) -> Window:
+        self._check_open()
+        if os.getpid() != self._pid:
+            raise ForkedError(
+                "this process inherited the cache through os.fork() and may only read it: "
+                "build a new KVCache here"
+            )
+        return Window(self._store, self._layout.window_bytes)
+
+    def _register(self, sequence: Sequence) -> None:
+        key, registry = id(sequence), self._sequences
+        registry[key] = weakref.ref(sequence, lambda _: registry.pop(key, None))
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._sequences.pop(id(sequence), None)
+
+    def _check_open(self) -> None:
+        if self._store.closed:
+            raise ClosedError("the cache is closed")
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<KVCache closed>"
+        budget = self._store.budget_bytes
+        of_budget = "" if budget is None else f" of {format_bytes(budget)}"
+        return (
+            f"<KVCache of {len(self.sequences)} sequences, "
+            f"{format_bytes(self._store.committed_bytes)}{of_budget} committed; {self._layout!r}>"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a KVCache is memory of this process and cannot be pickled or copied")

@@ -1,0 +1,160 @@
+"""RowPages: commits, makes private, shares and releases the pages behind a sequence's rows.
+
+Purpose
+    Keep the pages of one window in step with the lengths of its layers.
+Structure
+    ``ready[layer]`` is the token up to which the pages behind the layer's last row are committed
+    and private, so that appending there needs no look at any page::
+
+        token   0 ............... length ....... ready ................ max_tokens
+        pages   | rows, maybe shared | committed, private | not looked at
+Invariants
+    committed pages == pages_of(lengths) + surplus
+    lengths[i] <= ready[i] <= max_tokens
+    The one sharing rule: whoever writes makes the pages private first, parent and child alike.
+    share() therefore sets `ready` back on both sides.
+    surplus: pages without rows that the kernel refused to let go; every later change tries again.
+Locking
+    None: one writer a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pagealloc.errors import InvariantError, OutOfMemoryError
+from pagealloc.kv import boundary
+from pagealloc.kv.boundary import Span
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pagealloc import Window
+    from pagealloc.kv.layout import KVLayout
+
+__all__ = ["RowPages"]
+
+
+class RowPages:
+    """The pages of one sequence.
+
+    Parameters
+    ----------
+    window : Window
+        Where the pages are; nothing of it is committed yet.
+    layout : KVLayout
+        Where the rows lie in it.
+    """
+
+    __slots__ = ("has_shared", "layout", "ready", "surplus", "window")
+
+    def __init__(self, window: Window, layout: KVLayout) -> None:
+        self.window = window
+        self.layout = layout
+        self.ready = [0] * layout.n_layers
+        self.has_shared = False  # whether any page was ever shared
+        self.surplus: list[Span] = []
+
+    def make_ready(self, layers: Sequence[int], lengths: Sequence[int], end: int) -> None:
+        """Commit and make private the pages of new rows up to `end` of some layers, or of none.
+
+        Parameters
+        ----------
+        layers : sequence of int
+            Which layers; several only if they are equally long.
+        lengths : sequence of int
+            Tokens of each layer now.
+        end : int
+            Tokens these layers shall have.
+
+        Raises
+        ------
+        PageBoundaryError
+            The window has no room for the rows.
+        OutOfMemoryError
+            The budget or the kernel refused; everything is as it was.
+        """
+        layout, window = self.layout, self.window
+        for layer in layers:
+            boundary.check_room(layout, layer, lengths[layer], end)
+        first = lengths[layers[0]]
+        in_blocks = layout.order == "block"
+        wanted = [
+            span
+            for layer in (layers[:1] if in_blocks else layers)  # a block holds all layers
+            for span in boundary.pages_of_rows(layout, layer, lengths[layer], end)
+        ]
+        if self.surplus:
+            self._release_surplus()
+        committed: list[Span] = []
+        try:
+            for span in wanted:
+                window.commit(span.start, span.nbytes)
+                committed.append(span)
+            if self.has_shared:
+                for span in wanted:
+                    window.make_private(span.start, span.nbytes)
+        except BaseException as error:
+            self.release(boundary.subtract(committed, boundary.pages_of(layout, lengths)))
+            if not isinstance(error, OutOfMemoryError):
+                raise
+            raise OutOfMemoryError(
+                f"tokens {first} to {end - 1} of {len(layers)} layers do not fit: {error}; this "
+                f"sequence is as it was"
+            ) from error
+        if self.surplus:
+            self.surplus = boundary.subtract(self.surplus, wanted)
+        if in_blocks:
+            block_start = first - first % layout.block_tokens
+            layers = [layer for layer, length in enumerate(lengths) if length >= block_start]
+        for layer in layers:
+            covered = boundary.covered_end(layout, layer, end)
+            self.ready[layer] = max(self.ready[layer], covered)
+
+    def cut(self, lengths: Sequence[int], n_tokens: int) -> None:
+        """Release the pages that hold no row before token `n_tokens`; layers had `lengths`."""
+        kept = [n_tokens] * self.layout.n_layers
+        self.ready[:] = kept
+        pages = boundary.pages_of(self.layout, lengths)
+        self.release(boundary.subtract(pages, boundary.pages_of(self.layout, kept)))
+
+    def release(self, spans: list[Span]) -> None:
+        """Release pages that no row needs; what the kernel refuses to let go becomes surplus.
+
+        Releasing a page that is shared maps the window's own, empty one in its place, for which
+        the kernel may want memory it has not got.  The page is then unused, not lost.
+        """
+        self.surplus = [*self.surplus, *spans]
+        self._release_surplus()
+
+    def _release_surplus(self) -> None:
+        left = []
+        for span in self.surplus:
+            try:
+                self.window.release(span.start, span.nbytes)
+            except (OutOfMemoryError, OSError, BufferError):  # BufferError: a reader was quicker
+                left.append(span)
+        self.surplus = sorted(left)
+
+    def share(self, other: RowPages, lengths: Sequence[int]) -> None:
+        """Map all pages of the `lengths` rows of `other` here, where nothing is committed."""
+        other.ready[:] = lengths
+        self.ready[:] = lengths
+        self.has_shared = other.has_shared = True
+        for span in boundary.pages_of(self.layout, lengths):
+            self.window.share_from(other.window, span.start, span.nbytes)
+
+    def check(self, lengths: Sequence[int]) -> None:
+        """Raise InvariantError if what the module says must hold does not."""
+        layout, window = self.layout, self.window
+        window.check()
+        for layer, (length, ready) in enumerate(zip(lengths, self.ready, strict=True)):
+            if not 0 <= length <= ready <= layout.max_tokens:
+                raise InvariantError(f"layer {layer}: length {length}, ready up to {ready}")
+            for span in boundary.pages_of_rows(layout, layer, length, ready):
+                if not window.is_private(span.start, span.nbytes):
+                    raise InvariantError(f"layer {layer}: {span} is ready but not private")
+        runs = [Span(run.offset, run.offset + run.nbytes) for run in window.runs()]
+        expected = [*boundary.pages_of(layout, lengths), *self.surplus]
+        if boundary.page_spans(layout, runs) != boundary.page_spans(layout, expected):
+            raise InvariantError(f"{runs} are committed for rows {lengths}, not {expected}")

@@ -1,0 +1,56 @@
+"""The dispatcher of the benchmarks; what they measure is measured by ``python -m bench NAME``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def bench(*arguments, cwd=ROOT):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_it_lists_the_benchmarks():
+    result = bench()
+    assert result.returncode == 0
+    assert "fork       fork() of a 1,000-token sequence" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "there is no benchmark 'nothing'; there are: append, "),
+        (["fork", "--rounds", "0"], "--rounds 0: at least 1"),
+        (["fork", "--rounds", "many"], "invalid int value"),
+    ],
+)
+def test_a_wrong_call(arguments, message):
+    result = bench(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+@pytest.mark.benchmark
+def test_a_report(tmp_path):
+    path = tmp_path / "new" / "fork.json"
+    result = bench("fork", "--rounds", "1", "--json", str(path))
+    assert result.returncode in (0, 1), result.stderr  # a single round proves no bar
+    assert "warm copy" in result.stdout
+    report = json.loads(path.read_text())
+    assert {"date", "cpu", "kernel", "versions"} <= report["machine"].keys()
+    assert [bar["limit"] for bar in report["bars"]] == [10, 64]
+    assert report["bars"][1]["holds"]
+    assert result.returncode == (0 if all(bar["holds"] for bar in report["bars"]) else 1)
