@@ -91,7 +91,7 @@ class BuildExt(build_ext):
     def build_extensions(self) -> None:
         from Cython.Build import cythonize
 
-        generated = Path(self.build_temp).parent / "cython"  # the same for all Python versions
+        generated = Path(self.build_temp, "cython")
         recipe_ns = (ROOT / "setup.py").stat().st_mtime_ns
         modules = cythonize(
             self.extensions,
@@ -101,9 +101,12 @@ class BuildExt(build_ext):
             force=any(c.stat().st_mtime_ns < recipe_ns for c in generated.rglob("*.c")),
         )
         c_files = {module.name: module.sources for module in modules}
+        pyx_files = {extension.name: extension.sources for extension in self.extensions}
         for extension in self.extensions:
             extension.sources = c_files[extension.name]
         super().build_extensions()
+        for extension in self.extensions:  # an editable build lists its sources after this
+            extension.sources = pyx_files[extension.name]
 
 
 setup(

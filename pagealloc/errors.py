@@ -28,7 +28,7 @@ class OutOfMemoryError(PageallocError, MemoryError):
     """
 
 
-class BackingUnavailableError(PageallocError, OSError):
+class BackingUnavailableError(OutOfMemoryError, OSError):
     """The backing asked for by name (``"hugetlb"``, ``"thp"``) cannot be had on this machine."""
 
 

@@ -1,7 +1,7 @@
 """Every tunable of pagealloc, in one table.
 
-Floor 0.  Documentation, the command line and the defaults read this table; an environment
-variable overrides a default, an argument overrides both.
+Floor 0.  The default allocator, documentation and the command line read this table; an environment
+variable overrides a default.  What a program makes itself, it sets up by arguments.
 """
 
 import os

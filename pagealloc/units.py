@@ -25,7 +25,7 @@ _UNIT_BYTES = {
     "gb": 10**9,
     "tb": 10**12,
 }
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_PATTERN = re.compile(r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_bytes(value: SupportsIndex | str, *, name: str = "nbytes", minimum: int = 1) -> int:
@@ -56,6 +56,8 @@ def parse_bytes(value: SupportsIndex | str, *, name: str = "nbytes", minimum: in
                 f"a number with KiB, MiB, GiB or TiB, such as '64KiB'"
             )
         number, point, fraction = match[1].partition(".")
+        if point and unit_bytes == 1:
+            raise ValueError(f"{name}={value!r}: there is no part of a byte")
         nbytes = int(number) * unit_bytes
         if point:  # exact: a float would round away bytes of a large size
             nbytes += int(fraction) * unit_bytes // 10 ** len(fraction)
@@ -72,8 +74,9 @@ def parse_bytes(value: SupportsIndex | str, *, name: str = "nbytes", minimum: in
     if nbytes < minimum:
         raise ValueError(f"{name}={value!r} is too small: at least {minimum} is possible")
     if nbytes > MAX_BYTES:
+        shown = f"={value!r}" if nbytes < 1 << 256 else ""  # it may have thousands of digits
         raise ValueError(
-            f"{name}={value!r} is too large: at most {MAX_BYTES} bytes "
+            f"{name}{shown} is too large: at most {MAX_BYTES} bytes "
             f"({format_bytes(MAX_BYTES)}) are possible"
         )
     return nbytes
@@ -92,7 +95,7 @@ def format_bytes(nbytes: int) -> str:
     amount = float(nbytes)
     for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
         amount /= 1024
-        if amount < 1024 or unit == "PiB":
+        if round(amount) < 1024 or unit == "PiB":  # 1023.999 is shown as the next unit's 1.00
             break
     digits = 2 if amount < 10 else 1 if amount < 100 else 0
     return f"{amount:.{digits}f} {unit}"

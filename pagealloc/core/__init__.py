@@ -5,6 +5,7 @@ this by reading the table below)::
 
     1  atomics         compiler built-ins for atomic loads, stores and additions
     1  mutex           POSIX mutexes
+    1  export          filling a Py_buffer with plain bytes
     1  counters        the fields of stats(), listed once
     1  size_class      bytes -> size class; pure arithmetic
     1  interval_map    disjoint page ranges that carry a value; pure data structure

@@ -11,7 +11,6 @@ Units
 """
 
 import operator
-import threading
 
 from pagealloc.core.buffer cimport Buffer, new_buffer
 from pagealloc.core.heap_owner cimport Heap
@@ -55,7 +54,8 @@ class PageAllocator(Heap):
 
     Notes
     -----
-    All methods are thread-safe and release the GIL while they wait for a lock or the kernel.
+    All methods are thread-safe, and release the GIL while the kernel works.  `close` refuses while
+    another thread is inside one of them.
     Addresses are page-aligned from a page on and 64-byte-aligned below, unless `align` asks for
     more.  Sizes from a page on cost whole pages and not one more.
 
@@ -134,28 +134,35 @@ cdef object new_array(Heap heap, object shape, object dtype, bint zeroed):
 
     cdef Buffer buffer
     cdef object n_items = 1, sizes, size
+    heap.open_heap()
     dtype = np.dtype(dtype)
     if dtype.hasobject:
         raise TypeError(f"dtype={dtype} holds Python objects, which need NumPy's own memory")
     try:
-        sizes = (operator.index(shape),)
+        sizes = tuple(shape) if hasattr(shape, "__iter__") else (shape,)
+        sizes = tuple([operator.index(size) for size in sizes])
     except TypeError:
-        sizes = tuple(operator.index(size) for size in shape)
+        raise TypeError(
+            f"shape={shape!r}: a shape is an integer or a tuple of integers"
+        ) from None
     for size in sizes:
         if size < 0:
             raise ValueError(f"shape={shape!r}: a dimension is negative")
         n_items *= size
     if n_items * dtype.itemsize == 0:
         return np.empty(sizes, dtype)   # nothing to own
-    buffer = new_buffer(heap, parse_bytes(n_items * dtype.itemsize, name="shape"), 0)
+    try:
+        nbytes = parse_bytes(n_items * dtype.itemsize)
+    except ValueError as error:
+        raise ValueError(f"shape={shape!r} of {dtype}: {error}") from None
+    buffer = new_buffer(heap, nbytes, 0)
     bytes_view = np.frombuffer(buffer, np.uint8)    # this export keeps close() from freeing it
     if zeroed and not buffer.fresh:
         bytes_view.fill(0)
-    return bytes_view.view(dtype).reshape(sizes)
+    return np.ndarray(sizes, dtype, bytes_view)
 
 
-_default_allocator = None
-_default_lock = threading.Lock()
+_default_allocators = {}    # at most one; a dict, for its setdefault() is atomic
 
 
 def default_allocator() -> PageAllocator:
@@ -164,13 +171,11 @@ def default_allocator() -> PageAllocator:
     Its settings are the options ``backing``, ``arena_bytes`` and ``budget_bytes`` (see
     `pagealloc.options`), which environment variables can set.  Thread-safe.
     """
-    global _default_allocator
-    if _default_allocator is None:
-        with _default_lock:
-            if _default_allocator is None:
-                _default_allocator = PageAllocator(
-                    backing=option_value("backing"),
-                    arena_bytes=option_value("arena_bytes"),
-                    budget_bytes=option_value("budget_bytes"),
-                )
-    return _default_allocator
+    # No lock: a child forked while another thread holds it would wait forever.
+    if not _default_allocators:
+        _default_allocators.setdefault("default", PageAllocator(
+            backing=option_value("backing"),
+            arena_bytes=option_value("arena_bytes"),
+            budget_bytes=option_value("budget_bytes"),
+        ))
+    return _default_allocators["default"]

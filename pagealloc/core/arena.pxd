@@ -4,18 +4,21 @@ from libc.stdint cimport int64_t, uint64_t
 
 from pagealloc.core.page_run cimport run_t
 
-cdef enum:
-    BACKING_AUTO = 0
+cdef enum:                      # rungs of the ladder; a set of them is what a heap may use
     BACKING_HUGETLB = 1
     BACKING_THP = 2
-    BACKING_BASE = 3
+    BACKING_BASE = 4
+
+cdef enum:                      # beside errno values, which are positive
+    ERROR_BUDGET = -1
+    ERROR_NO_HUGE_PAGES = -2    # the backing asked for by name cannot be had
+    ERROR_ALIGNMENT = -3        # hugetlb memory starts on a huge page, and on nothing larger
 
 cdef struct arena_t:
     char *address
     size_t nbytes               # reserved
     int64_t n_pages
     run_t **run_of_page         # first and last page of every run (every page of a slab), else NULL
-    int requested_backing
     int achieved_backing
     size_t granule_bytes        # what one touch backs: a page, or a huge page
     int64_t n_granules
@@ -26,9 +29,10 @@ cdef struct arena_t:
     arena_t *previous
 
 cdef arena_t *arena_new(
-    size_t nbytes, size_t align_bytes, int backing, int *error
+    size_t nbytes, size_t align_bytes, int ladder, int *error
 ) noexcept nogil
 cdef int arena_delete(arena_t *arena) noexcept nogil
+cdef void arena_abandon(arena_t *arena) noexcept nogil
 
 cdef int64_t arena_missing_bytes(
     const arena_t *arena, const char *address, int64_t nbytes
@@ -37,7 +41,3 @@ cdef bint arena_commit(arena_t *arena, const char *address, int64_t nbytes) noex
 cdef int64_t arena_purge(arena_t *arena, char *address, int64_t nbytes) noexcept nogil
 cdef int64_t arena_held_bytes(const arena_t *arena) noexcept nogil
 cdef bint arena_check(const arena_t *arena) noexcept nogil
-
-
-cdef inline bint granule_is_committed(const arena_t *arena, int64_t granule) noexcept nogil:
-    return (arena.committed[granule >> 6] >> (granule & 63)) & 1

@@ -10,5 +10,6 @@ cdef class Buffer:
     cdef Heap owner                 # keeps the heap mapped
     cdef object __weakref__
     cdef char *open_memory(self) except NULL
+    cdef int free_memory(self) noexcept
 
 cdef Buffer new_buffer(Heap heap, size_t nbytes, size_t align_bytes)

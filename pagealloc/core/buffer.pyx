@@ -14,9 +14,9 @@ Units
 """
 
 cimport cython
-from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport uintptr_t
 
+from pagealloc.core.export cimport fill_buffer
 from pagealloc.core.heap cimport heap_alloc, heap_free, heap_t
 from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.page_heap cimport FREED
@@ -53,8 +53,7 @@ cdef class Buffer:
     def __dealloc__(self):
         # No exports are left: each of them holds a reference to this object.
         if self.memory != NULL:
-            with nogil:
-                heap_free(self.owner.heap, self.memory)
+            self.free_memory()
 
     @property
     def address(self) -> int:
@@ -85,7 +84,6 @@ cdef class Buffer:
             Views of it (a memoryview, a NumPy array) are alive; nothing was changed.
         """
         cdef char *memory = self.memory
-        cdef int outcome
         if memory == NULL:
             return
         if self.n_exports:
@@ -93,17 +91,27 @@ cdef class Buffer:
                 f"{self.n_exports} view{'s' if self.n_exports > 1 else ''} of this Buffer "
                 f"(memoryview, NumPy array) still alive: drop them first"
             )
-        self.memory = NULL
-        with nogil:
-            outcome = heap_free(self.owner.heap, memory)
-        if outcome != FREED:
+        if self.free_memory() != FREED:
             raise SystemError(
                 f"the heap does not know the live address {<uintptr_t>memory:#x}: "
                 f"memory outside the Buffers was overwritten"
             )
 
+    cdef int free_memory(self) noexcept:
+        """Give the memory back: the heap's answer."""
+        cdef heap_t *heap = self.owner.heap     # open, for this memory is live in it
+        cdef char *memory = self.memory
+        cdef int outcome
+        self.memory = NULL
+        self.owner.forget_lost_calls()
+        self.owner.n_calls += 1
+        with nogil:
+            outcome = heap_free(heap, memory)
+        self.owner.leave()
+        return outcome
+
     def __getbuffer__(self, Py_buffer *view, int flags):
-        PyBuffer_FillInfo(view, self, self.open_memory(), <Py_ssize_t>self.nbytes, False, flags)
+        fill_buffer(view, self, self.open_memory(), <Py_ssize_t>self.nbytes, False, flags)
         self.n_exports += 1
 
     def __releasebuffer__(self, Py_buffer *view):
@@ -116,11 +124,17 @@ cdef class Buffer:
         self.open_memory()
         return self
 
-    def __exit__(self, *exc_info):
-        self.close()
+    def __exit__(self, exc_type, *exc_info):
+        try:
+            self.close()
+        except BufferError:
+            if exc_type is None:    # else what the block raised matters more, and holds the views
+                raise
 
     def __reduce_ex__(self, protocol):
-        raise TypeError("a Buffer owns memory of this process: no copy, no pickle; use bytes(buffer)")
+        raise TypeError(
+            "a Buffer owns memory of this process: no copy, no pickle; use bytes(buffer)"
+        )
 
     def __repr__(self):
         if self.memory == NULL:
@@ -130,18 +144,19 @@ cdef class Buffer:
 
 cdef Buffer new_buffer(Heap heap, size_t nbytes, size_t align_bytes):
     """Allocate and wrap; raises what `Heap.refusal` says if refused."""
-    cdef heap_t *c_heap = heap.open_heap()
     # The object first: once the memory is had, nothing may fail before it has an owner.
     cdef Buffer buffer = Buffer.__new__(Buffer)
-    cdef char *memory
+    cdef heap_t *c_heap = heap.enter()
     cdef bint fresh = False
     cdef int error = 0
     buffer.owner = heap
     buffer.nbytes = nbytes
     with nogil:
-        memory = heap_alloc(c_heap, nbytes, align_bytes, &fresh, &error)
-    if memory == NULL:
-        raise heap.refusal(nbytes, align_bytes, error)
-    buffer.memory = memory
+        buffer.memory = heap_alloc(c_heap, nbytes, align_bytes, &fresh, &error)
     buffer.fresh = fresh
+    try:
+        if buffer.memory == NULL:
+            raise heap.refusal(nbytes, align_bytes, error)
+    finally:
+        heap.leave()
     return buffer

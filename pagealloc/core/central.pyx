@@ -30,7 +30,7 @@ from pagealloc.core.page_heap cimport (
     page_heap_alloc,
     page_heap_free_slab,
 )
-from pagealloc.core.page_run cimport RUN_SLAB, run_t
+from pagealloc.core.page_run cimport RUN_SLAB
 from pagealloc.core.size_class cimport SLAB_BYTES
 
 cdef extern from "poison.h" nogil:
@@ -55,9 +55,8 @@ cdef void central_init(central_t *central, page_heap_t *pages, uint32_t slot_byt
 
 
 cdef void central_destroy(central_t *central) noexcept nogil:
-    """Free the descriptors; no slot may be live, and the page heap must still be there."""
+    """Free the descriptors; there may be no slab."""
     cdef slab_t *slab
-    central_trim(central)
     while central.unused != NULL:
         slab = central.unused
         central.unused = slab.next

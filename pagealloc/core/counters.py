@@ -58,11 +58,15 @@ class AllocatorStats:
     committed_bytes : int
         What may be backed: handed out, or freed and not yet purged.
     held_bytes : int
-        Physical memory behind all arenas, counted by mincore.
+        Physical memory behind all arenas, counted by mincore.  A page that was read and never
+        written counts too, though the kernel backs all of these with one page of zeros.  The
+        tables of the allocator itself, below 1 % of what they describe, are not in it.
     live_bytes : int
         What is handed out, in whole slots and pages.
     n_live, n_allocs, n_frees, n_failed : int
         Buffers open now; requests served, given back, and refused since the start.
+    abandoned_bytes : int
+        Address space of the whole process that the kernel refused to take back (munmap).
     arenas : tuple of ArenaStats
     classes : tuple of ClassStats
     """
@@ -76,5 +80,6 @@ class AllocatorStats:
     n_allocs: int
     n_frees: int
     n_failed: int
+    abandoned_bytes: int
     arenas: tuple[ArenaStats, ...]
     classes: tuple[ClassStats, ...]

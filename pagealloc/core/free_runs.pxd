@@ -24,5 +24,5 @@ cdef bint free_runs_carve(
 ) noexcept nogil
 cdef void free_runs_merge(free_runs_t *free, run_t *run) noexcept nogil
 cdef const char *free_runs_check_arena(
-    const free_runs_t *free, arena_t *arena, int64_t *n_free, int64_t *used_pages
+    const free_runs_t *free, arena_t *arena, int64_t *n_free, int64_t *n_live, int64_t *used_pages
 ) noexcept nogil

@@ -183,7 +183,7 @@ cdef void free_runs_merge(free_runs_t *free, run_t *run) noexcept nogil:
 
 
 cdef const char *free_runs_check_arena(
-    const free_runs_t *free, arena_t *arena, int64_t *n_free, int64_t *used_pages
+    const free_runs_t *free, arena_t *arena, int64_t *n_free, int64_t *n_live, int64_t *used_pages
 ) noexcept nogil:
     cdef int64_t page = 0, i
     cdef bint previous_free = False
@@ -200,6 +200,7 @@ cdef const char *free_runs_check_arena(
             n_free[0] += 1
         elif run.state == RUN_LIVE or run.state == RUN_SLAB:
             used_pages[0] += run.n_pages
+            n_live[0] += run.state == RUN_LIVE
         else:
             return "a run of an arena is in no state"
         if arena.run_of_page[page + run.n_pages - 1] != run:
@@ -208,6 +209,9 @@ cdef const char *free_runs_check_arena(
             if arena.run_of_page[i] != (run if run.state == RUN_SLAB else NULL):
                 return "a page inside a run leads elsewhere"
         if arena.dedicated:
+            for i in range(page + run.n_pages, arena.n_pages):
+                if arena.run_of_page[i] != NULL:
+                    return "a page after a dedicated arena's run is somebody's"
             break
         previous_free = run.state == RUN_FREE
         page += run.n_pages

@@ -22,6 +22,7 @@ cdef struct heap_counts_t:
     int64_t reserved_bytes
     int64_t committed_bytes
     int64_t used_bytes          # of live runs and slabs
+    int64_t n_live              # slots and runs
     int64_t n_allocs
     int64_t n_frees
     int64_t n_failed
@@ -33,7 +34,7 @@ cdef struct class_counts_t:
     int64_t n_slabs
     int64_t slab_bytes          # of all slabs
 
-cdef heap_t *heap_new(size_t arena_bytes, int backing, int64_t budget_bytes) noexcept nogil
+cdef heap_t *heap_new(size_t arena_bytes, int ladder, int64_t budget_bytes) noexcept nogil
 cdef int heap_delete(heap_t *heap) noexcept nogil
 cdef char *heap_alloc(
     heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error

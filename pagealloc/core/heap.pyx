@@ -7,7 +7,8 @@ Structure
                   -> else             -> page heap: a run of exactly ceil(n / page) pages
     heap_free(p)  -> page map -> arena -> run -> slab's slot, or the run itself
 Invariants
-    n_allocs - n_frees = slots and runs that are live
+    what is live is known by the central lists and the page heap; n_allocs and n_frees, counted
+    outside their locks, are statistics
     every open heap is in the registry, so that a fork finds all mutexes
 Locking
     Order: registry, central lists by class, page heap, page map.  Fork takes them all in this
@@ -19,6 +20,7 @@ Units
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
 
+from pagealloc.core.arena cimport ERROR_BUDGET
 from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64
 from pagealloc.core.central cimport (
     central_alloc,
@@ -32,7 +34,6 @@ from pagealloc.core.central cimport (
 from pagealloc.core.mutex cimport mutex_init, mutex_lock, mutex_t, mutex_unlock
 from pagealloc.core.os_memory cimport os_at_fork, os_page_bytes
 from pagealloc.core.page_heap cimport (
-    ERROR_BUDGET,
     FREED,
     IN_SLAB,
     page_heap_alloc,
@@ -60,14 +61,14 @@ cdef heap_t *registry = NULL
 # ---------------------------------------------------------------------------------------------
 # Life and death
 
-cdef heap_t *heap_new(size_t arena_bytes, int backing, int64_t budget_bytes) noexcept nogil:
+cdef heap_t *heap_new(size_t arena_bytes, int ladder, int64_t budget_bytes) noexcept nogil:
     cdef heap_t *heap = <heap_t *>calloc(1, sizeof(heap_t))
     cdef int i
     if heap == NULL:
         return NULL
     size_classes_init(&heap.classes, os_page_bytes())
     page_heap_init(
-        &heap.pages, &process_map, heap, os_page_bytes(), arena_bytes, backing, budget_bytes
+        &heap.pages, &process_map, heap, os_page_bytes(), arena_bytes, ladder, budget_bytes
     )
     for i in range(heap.classes.n_classes):
         central_init(&heap.centrals[i], &heap.pages, heap.classes.slot_bytes[i])
@@ -144,36 +145,49 @@ cdef void unlock_all() noexcept nogil:
 cdef char *heap_alloc(
     heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error
 ) noexcept nogil:
-    """Memory of `nbytes`, at least 1, that starts on `align_bytes` (a power of two; 0: the default).
+    """Memory of `nbytes`, at least 1, aligned to `align_bytes` (a power of two; 0: the default).
 
-    `fresh` tells that it is zero.  NULL with ERROR_BUDGET or an errno value in `error` if refused.
+    `fresh` tells that it is zero.  NULL with an errno value or a code in `error` if refused.
     """
-    cdef char *address = heap_try(heap, nbytes, align_bytes, fresh, error)
+    cdef int size_class
+    cdef char *address
+    if align_bytes <= SLOT_UNIT_BYTES:
+        size_class = size_class_of(&heap.classes, nbytes)
+    else:
+        size_class = size_class_aligned(&heap.classes, nbytes, align_bytes)
+    fresh[0] = False
+    if size_class != NO_CLASS:
+        address = central_alloc(&heap.centrals[size_class], error)
+    else:
+        address = alloc_run(heap, nbytes, align_bytes, fresh, error)
     if address == NULL and error[0] == ERROR_BUDGET:
-        heap_trim(heap)     # slabs kept empty count against the budget: give them up first
-        address = heap_try(heap, nbytes, align_bytes, fresh, error)
+        address = alloc_slow(heap, nbytes, align_bytes, fresh, error)
     atomic_add_i64(&heap.n_failed if address == NULL else &heap.n_allocs, 1)
     return address
 
 
-cdef inline char *heap_try(
+cdef char *alloc_run(
     heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error
 ) noexcept nogil:
     cdef size_t page_bytes = heap.pages.page_bytes
-    cdef run_t *run
-    cdef int i
-    if align_bytes <= SLOT_UNIT_BYTES:
-        i = size_class_of(&heap.classes, nbytes)
-    else:
-        i = size_class_aligned(&heap.classes, nbytes, align_bytes)
-    if i != NO_CLASS:
-        fresh[0] = False
-        return central_alloc(&heap.centrals[i], error)
-    run = page_heap_alloc(
+    cdef run_t *run = page_heap_alloc(
         &heap.pages, <int64_t>((nbytes + page_bytes - 1) // page_bytes),
         align_bytes if align_bytes > page_bytes else page_bytes, RUN_LIVE, NULL, fresh, error
     )
     return NULL if run == NULL else run.address
+
+
+cdef char *alloc_slow(
+    heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error
+) noexcept nogil:
+    """Near the budget: give up the slabs that are kept empty, and do without a new slab.
+
+    A run serves a small request as well, at the price of a page; a slab may cost sixteen.
+    """
+    cdef int i
+    for i in range(heap.classes.n_classes):
+        central_trim(&heap.centrals[i])
+    return alloc_run(heap, nbytes, align_bytes, fresh, error)
 
 
 cdef int heap_free(heap_t *heap, char *address) noexcept nogil:
@@ -200,14 +214,17 @@ cdef int64_t heap_trim(heap_t *heap) noexcept nogil:
 
 cdef heap_counts_t heap_counts(heap_t *heap) noexcept nogil:
     cdef heap_counts_t counts
+    cdef int i
     mutex_lock(&heap.pages.mutex)
     counts.reserved_bytes = heap.pages.reserved_bytes
     counts.committed_bytes = heap.pages.committed_bytes
     counts.used_bytes = heap.pages.used_pages * <int64_t>heap.pages.page_bytes
+    counts.n_live = heap.pages.n_live_runs
     mutex_unlock(&heap.pages.mutex)
-    # Frees first: an allocation between the two reads must not look like one too few.
-    counts.n_frees = atomic_load_i64(&heap.n_frees)
+    for i in range(heap.classes.n_classes):
+        counts.n_live += heap_class_counts(heap, i).n_live
     counts.n_allocs = atomic_load_i64(&heap.n_allocs)
+    counts.n_frees = atomic_load_i64(&heap.n_frees)
     counts.n_failed = atomic_load_i64(&heap.n_failed)
     return counts
 

@@ -6,11 +6,15 @@ from pagealloc.core.heap cimport heap_t
 
 cdef class Heap:
     cdef heap_t *heap               # NULL once closed
+    cdef Py_ssize_t n_calls         # under way without the GIL
+    cdef int64_t fork_generation    # of the process n_calls counts for
     cdef object __weakref__
     cdef readonly object backing
     cdef readonly object arena_bytes
     cdef readonly object budget_bytes
     cdef heap_t *open_heap(self) except NULL
+    cdef heap_t *enter(self) except NULL
+    cdef void leave(self) noexcept
+    cdef void forget_lost_calls(self) noexcept
     cdef object refusal(self, size_t nbytes, size_t align_bytes, int error)
-    cdef int64_t n_live(self) noexcept
     cdef list _arena_stats(self)

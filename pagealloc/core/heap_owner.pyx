@@ -7,9 +7,10 @@ Structure
     PageAllocator --is a--> Heap --owns--> heap_t (heap.pyx)
     Buffer --keeps alive--> Heap
 Invariants
-    heap != NULL <=> not closed; a heap with something live is never unmapped
+    heap != NULL <=> open; a heap with something live, or with a call under way, is never unmapped
 Locking
-    None of its own: the GIL for the object's fields, the heap's own mutexes below.
+    The GIL for the object's fields; every call that lets go of it stands between enter() and
+    leave(), so that close() knows of it.  The heap's own mutexes below.
 Units
     Bytes.
 """
@@ -20,7 +21,14 @@ import os
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from pagealloc.core.arena cimport BACKING_AUTO, BACKING_BASE, BACKING_HUGETLB, BACKING_THP
+from pagealloc.core.arena cimport (
+    BACKING_BASE,
+    BACKING_HUGETLB,
+    BACKING_THP,
+    ERROR_ALIGNMENT,
+    ERROR_BUDGET,
+    ERROR_NO_HUGE_PAGES,
+)
 from pagealloc.core.central cimport central_check
 from pagealloc.core.heap cimport (
     class_counts_t,
@@ -34,17 +42,18 @@ from pagealloc.core.heap cimport (
     heap_t,
     heap_trim,
 )
-from pagealloc.core.os_memory cimport os_huge_page_bytes, os_page_bytes
+from pagealloc.core.os_memory cimport os_fork_generation, os_huge_page_bytes, os_page_bytes
 from pagealloc.core.page_heap cimport (
-    ERROR_BUDGET,
     NOT_LIVE,
     NOT_OURS,
     arena_report_t,
     page_heap_check,
     page_heap_report,
 )
+from pagealloc.core.page_map cimport CHUNK_BYTES
 
 from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats
+from pagealloc.core.os_memory import abandoned_bytes
 from pagealloc.errors import (
     BackingUnavailableError,
     ClosedError,
@@ -53,39 +62,52 @@ from pagealloc.errors import (
 )
 from pagealloc.units import format_bytes, parse_bytes
 
-BACKINGS = {
-    "auto": BACKING_AUTO, "hugetlb": BACKING_HUGETLB, "thp": BACKING_THP, "base": BACKING_BASE,
+LADDERS = {
+    "auto": BACKING_HUGETLB | BACKING_THP | BACKING_BASE,
+    "hugetlb": BACKING_HUGETLB,
+    "thp": BACKING_THP,
+    "base": BACKING_BASE,
 }
-cdef dict BACKING_NAMES = {value: name for name, value in BACKINGS.items()}
+cdef dict BACKING_NAMES = {ladder: name for name, ladder in LADDERS.items()}
+
+
+cdef int choose_ladder(str backing, int64_t arena_bytes, int64_t budget_bytes) except -1:
+    """The backings to try.  Under a budget, "auto" leaves out what would be spent on rounding.
+
+    A hugetlb arena leaves the machine's pool whole, and a touch of a huge page commits all of it.
+    """
+    if backing != "auto" or budget_bytes < 0:
+        return LADDERS[backing]
+    return BACKING_BASE if budget_bytes < arena_bytes else BACKING_THP | BACKING_BASE
 
 
 cdef class Heap:
     """Owner of one heap; the base of `pagealloc.PageAllocator`, which adds the ways to allocate."""
 
-    def __cinit__(self, *, backing="auto", arena_bytes="64MiB", budget_bytes=None):
+    def __init__(self, *, backing="auto", arena_bytes="64MiB", budget_bytes=None):
         cdef size_t arena_nbytes
         cdef int64_t budget_nbytes = -1
-        if not isinstance(backing, str) or backing not in BACKINGS:
-            raise ValueError(f"backing={backing!r}: possible are {', '.join(map(repr, BACKINGS))}")
+        if self.heap != NULL:
+            raise TypeError(f"this {type(self).__name__} is open already: make a new one")
+        if not isinstance(backing, str) or backing not in LADDERS:
+            raise ValueError(f"backing={backing!r}: possible are {', '.join(map(repr, LADDERS))}")
         arena_nbytes = parse_bytes(arena_bytes, name="arena_bytes", minimum=os_page_bytes())
-        # Whole chunks, and at least 2 MiB: the unit of the page map and of huge pages.
-        arena_nbytes = (arena_nbytes + (2 << 20) - 1) // (2 << 20) * (2 << 20)
+        arena_nbytes = (arena_nbytes + CHUNK_BYTES - 1) // CHUNK_BYTES * CHUNK_BYTES
         if budget_bytes is not None:
             budget_nbytes = parse_bytes(budget_bytes, name="budget_bytes")
         self.backing = backing
         self.arena_bytes = arena_nbytes
         self.budget_bytes = None if budget_bytes is None else budget_nbytes
-        # A touch of a huge page commits all of it: a budget of a few would be spent on rounding.
-        if backing == "auto" and 0 <= budget_nbytes < <int64_t>arena_nbytes:
-            backing = "base"
-        self.heap = heap_new(arena_nbytes, BACKINGS[backing], budget_nbytes)
+        self.heap = heap_new(
+            arena_nbytes, choose_ladder(backing, arena_nbytes, budget_nbytes), budget_nbytes
+        )
         if self.heap == NULL:
             raise OutOfMemoryError("no memory for the tables of an allocator")
 
     def __dealloc__(self):
         # Every Buffer holds a reference to its heap, so what is still live belongs to callers by
         # address.  Unmapping would pull it away from under them: the heap is left to the process.
-        if self.heap != NULL and self.n_live() == 0:
+        if self.heap != NULL and heap_counts(self.heap).n_live == 0:
             with nogil:
                 heap_delete(self.heap)
 
@@ -94,9 +116,21 @@ cdef class Heap:
             raise ClosedError(f"this {type(self).__name__} is closed: make a new one")
         return self.heap
 
-    cdef int64_t n_live(self) noexcept:
-        cdef heap_counts_t counts = heap_counts(self.heap)
-        return counts.n_allocs - counts.n_frees
+    cdef heap_t *enter(self) except NULL:
+        """The heap, for a call that lets go of the GIL; leave() must follow."""
+        cdef heap_t *heap = self.open_heap()
+        self.forget_lost_calls()
+        self.n_calls += 1
+        return heap
+
+    cdef void leave(self) noexcept:
+        self.n_calls -= 1
+
+    cdef void forget_lost_calls(self) noexcept:
+        """In a forked child, the calls of the parent's other threads will never end."""
+        if self.fork_generation != os_fork_generation():
+            self.fork_generation = os_fork_generation()
+            self.n_calls = 0
 
     cdef object refusal(self, size_t nbytes, size_t align_bytes, int error):
         """The exception for a refused request; says what was asked, is held, and would help."""
@@ -108,9 +142,20 @@ cdef class Heap:
             return OutOfMemoryError(
                 f"{asked}: the budget of {format_bytes(self.budget_bytes)} has "
                 f"{format_bytes(max(self.budget_bytes - counts.committed_bytes, 0))} left "
-                f"({format_bytes(counts.used_bytes)} in use by "
-                f"{counts.n_allocs - counts.n_frees} live buffers); "
+                f"({format_bytes(counts.used_bytes)} in use by {counts.n_live} live buffers); "
                 f"close Buffers, or make the allocator with a larger budget_bytes"
+            )
+        if error == ERROR_ALIGNMENT:
+            return ValueError(
+                f"{asked} with backing='hugetlb', whose memory is aligned to "
+                f"{format_bytes(os_huge_page_bytes())} at most: ask for less, or use backing='auto'"
+            )
+        if error == ERROR_NO_HUGE_PAGES:
+            return BackingUnavailableError(
+                _errno.ENOMEM,
+                f"{asked} with backing={self.backing!r}, and no touch of it was backed by a huge "
+                f"page: allow them with 'echo madvise | sudo tee "
+                f"/sys/kernel/mm/transparent_hugepage/enabled', or use backing='auto'",
             )
         reason = os.strerror(error)
         if self.backing == "hugetlb":
@@ -121,18 +166,11 @@ cdef class Heap:
                 f"its pool has too few free huge pages for an arena; reserve them with "
                 f"'sudo sysctl vm.nr_hugepages={n_huge}', or use backing='auto'",
             )
-        if self.backing == "thp" and error in (_errno.EINVAL, _errno.ENOMEM):
-            return BackingUnavailableError(
-                error,
-                f"{asked} with backing='thp', and no touch of it was backed by a huge page "
-                f"({reason}): allow them with 'echo madvise | sudo tee "
-                f"/sys/kernel/mm/transparent_hugepage/enabled', or use backing='auto'",
-            )
         return OutOfMemoryError(
-            f"{asked}: the kernel refused ({reason}); "
-            f"{format_bytes(counts.reserved_bytes)} are reserved and "
-            f"{format_bytes(counts.committed_bytes)} committed already; close Buffers, call trim(), or "
-            f"raise the limit (ulimit -v, the cgroup's memory limit, vm.max_map_count)"
+            f"{asked}: the kernel refused ({reason}); {format_bytes(counts.reserved_bytes)} are "
+            f"reserved and {format_bytes(counts.committed_bytes)} committed already; close "
+            f"Buffers, call trim(), or raise the limit (ulimit -v, the cgroup's memory limit, "
+            f"vm.max_map_count)"
         )
 
     @property
@@ -146,17 +184,19 @@ cdef class Heap:
         Returns
         -------
         int
-            Physical bytes that went back, counted page by page before they did.
+            Physical bytes that went back, counted page by page before they did (see
+            ``held_bytes`` of `AllocatorStats`).
 
         Notes
         -----
         Thread-safe.  Under THP only whole huge pages go back; hugetlb memory goes back with its
         arena.
         """
-        cdef heap_t *heap = self.open_heap()
+        cdef heap_t *heap = self.enter()
         cdef int64_t purged_bytes
         with nogil:
             purged_bytes = heap_trim(heap)
+        self.leave()
         return purged_bytes
 
     def check(self) -> None:
@@ -171,7 +211,7 @@ cdef class Heap:
         -----
         Takes each lock in turn: exact only while no other thread allocates or frees.
         """
-        cdef heap_t *heap = self.open_heap()
+        cdef heap_t *heap = self.enter()
         cdef const char *broken = NULL
         cdef int i
         with nogil:
@@ -181,6 +221,7 @@ cdef class Heap:
                     break
             if broken == NULL:
                 broken = page_heap_check(&heap.pages)
+        self.leave()
         if broken != NULL:
             raise InvariantError(broken.decode())
 
@@ -212,26 +253,30 @@ cdef class Heap:
             committed_bytes=counts.committed_bytes,
             held_bytes=sum(arena.held_bytes for arena in arenas),
             live_bytes=live_bytes,
-            n_live=counts.n_allocs - counts.n_frees,
+            n_live=counts.n_live,
             n_allocs=counts.n_allocs,
             n_frees=counts.n_frees,
             n_failed=counts.n_failed,
+            abandoned_bytes=abandoned_bytes(),
             arenas=tuple(arenas),
             classes=tuple(classes),
         )
 
     cdef list _arena_stats(self):
-        cdef heap_t *heap = self.open_heap()
-        cdef int64_t n_reports = page_heap_report(&heap.pages, NULL, 0) + 16    # more may come
-        cdef int64_t n_arenas, i
-        cdef arena_report_t *reports = <arena_report_t *>calloc(n_reports, sizeof(arena_report_t))
-        if reports == NULL:
-            raise OutOfMemoryError(f"no memory for a report of {n_reports} arenas")
+        cdef heap_t *heap = self.enter()
+        cdef arena_report_t *reports = NULL
+        cdef int64_t capacity = 0, n_arenas = 16, i
         try:
-            with nogil:
-                n_arenas = page_heap_report(&heap.pages, reports, n_reports)
+            while n_arenas > capacity:      # more than there was room for: some came meanwhile
+                capacity = 2 * n_arenas
+                free(reports)
+                reports = <arena_report_t *>calloc(capacity, sizeof(arena_report_t))
+                if reports == NULL:
+                    raise OutOfMemoryError(f"no memory for a report of {capacity} arenas")
+                with nogil:
+                    n_arenas = page_heap_report(&heap.pages, reports, capacity)
             stats = []
-            for i in range(min(n_arenas, n_reports)):
+            for i in range(n_arenas):
                 if reports[i].held_bytes < 0:
                     raise OSError("the kernel refused to say (mincore) what an arena holds")
                 stats.append(ArenaStats(
@@ -246,6 +291,7 @@ cdef class Heap:
             return stats
         finally:
             free(reports)
+            self.leave()
 
     def close(self) -> None:
         """Give everything back to the kernel; closing twice is fine.
@@ -253,32 +299,42 @@ cdef class Heap:
         Raises
         ------
         BufferError
-            Buffers of this allocator are still open; nothing was closed.
+            Buffers of this allocator are still open, or another thread is allocating at this
+            moment; nothing was closed.
         OSError
             The kernel refused to unmap; the allocator is still open.
         """
-        cdef int error
+        cdef heap_t *heap = self.heap
         cdef int64_t n_live
-        if self.heap == NULL:
+        cdef int error
+        if heap == NULL:
             return
-        n_live = self.n_live()
+        n_live = heap_counts(heap).n_live
         if n_live:
             raise BufferError(
                 f"{n_live} live buffer{'s' if n_live > 1 else ''} of this allocator: "
                 f"close them (and drop arrays over them) first"
             )
+        self.forget_lost_calls()
+        if self.n_calls:
+            raise BufferError("another thread is using this allocator at this moment")
+        self.heap = NULL    # from here on nobody enters
         with nogil:
-            error = heap_delete(self.heap)
+            error = heap_delete(heap)
         if error:
+            self.heap = heap
             raise OSError(error, f"the kernel refused to unmap an arena: {os.strerror(error)}")
-        self.heap = NULL
 
     def __enter__(self):
         self.open_heap()
         return self
 
-    def __exit__(self, *exc_info):
-        self.close()
+    def __exit__(self, exc_type, *exc_info):
+        try:
+            self.close()
+        except BufferError:
+            if exc_type is None:    # else what the block raised matters more, and holds the Buffers
+                raise
 
     def __reduce_ex__(self, protocol):
         raise TypeError(f"a {type(self).__name__} owns memory of this process: no copy, no pickle")
@@ -293,32 +349,39 @@ cdef class Heap:
         )
         return (
             f"<{type(self).__name__} backing={self.backing!r}, {budget}: "
-            f"{counts.n_allocs - counts.n_frees} live, "
+            f"{counts.n_live} live, "
             f"{format_bytes(counts.committed_bytes)} committed of "
             f"{format_bytes(counts.reserved_bytes)} reserved>"
         )
 
 
 # ---------------------------------------------------------------------------------------------
-# The nogil calls by address, as C callers use them; misuse is an error there as well
+# The nogil calls by address, as C callers use them; a wrong address is an error there as well
 
 def alloc_address(Heap heap, nbytes: int, align_bytes: int = 0) -> int:
-    """Allocate without a Buffer and return the address; `free_address` must take it back."""
-    cdef heap_t *c_heap = heap.open_heap()
-    cdef size_t length = parse_bytes(nbytes)
-    cdef size_t align = align_bytes
+    """Allocate without a Buffer and return the address; `free_address` must take it back.
+
+    For tests: `align_bytes` is not checked.
+    """
+    cdef heap_t *c_heap = heap.enter()
+    cdef size_t length, align
     cdef bint fresh
     cdef int error
     cdef char *address
-    with nogil:
-        address = heap_alloc(c_heap, length, align, &fresh, &error)
-    if address == NULL:
-        raise heap.refusal(length, align, error)
-    return <uintptr_t>address
+    try:
+        length = parse_bytes(nbytes)
+        align = align_bytes
+        with nogil:
+            address = heap_alloc(c_heap, length, align, &fresh, &error)
+        if address == NULL:
+            raise heap.refusal(length, align, error)
+        return <uintptr_t>address
+    finally:
+        heap.leave()
 
 
 def free_address(Heap heap, address: int) -> None:
-    """Give back what `alloc_address` gave.
+    """Give back what `alloc_address` gave.  For tests.
 
     Raises
     ------
@@ -326,11 +389,12 @@ def free_address(Heap heap, address: int) -> None:
         No slot or run of this heap starts at `address`, or it is free already; nothing was
         changed.
     """
-    cdef heap_t *c_heap = heap.open_heap()
+    cdef heap_t *c_heap = heap.enter()
     cdef char *c_address = <char *><uintptr_t>address
     cdef int outcome
     with nogil:
         outcome = heap_free(c_heap, c_address)
+    heap.leave()
     if outcome == NOT_LIVE:
         raise ValueError(f"double free: the slot at {address:#x} is free already")
     if outcome == NOT_OURS:

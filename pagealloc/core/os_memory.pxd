@@ -25,6 +25,7 @@ cdef int64_t os_max_mappings() noexcept nogil
 cdef void *os_reserve(size_t nbytes, size_t align_bytes) noexcept nogil
 cdef void *os_reserve_hugetlb(size_t nbytes, size_t huge_page_bytes) noexcept nogil
 cdef int os_release(void *address, size_t nbytes) noexcept nogil
+cdef void os_abandon(void *address, size_t nbytes) noexcept nogil
 cdef int os_advise(void *address, size_t nbytes, int advice) noexcept nogil
 cdef int os_purge(void *address, size_t nbytes) noexcept nogil
 cdef int64_t os_resident_bytes(void *address, size_t nbytes) noexcept nogil

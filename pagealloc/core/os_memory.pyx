@@ -19,7 +19,7 @@ import errno as _errno
 import os
 from contextlib import contextmanager
 
-from libc.errno cimport EINTR, ENOMEM, errno
+from libc.errno cimport EINTR, ENOMEM, ENOSYS, errno
 from libc.stdint cimport int64_t, uintptr_t
 from posix.mman cimport (
     MADV_DONTNEED,
@@ -40,7 +40,7 @@ from posix.unistd cimport close, ftruncate, pwrite
 
 from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64
 
-from pagealloc.options import option_value
+from pagealloc.options import OPTIONS, option_value
 from pagealloc.units import parse_bytes
 
 cdef extern from "os_compat.h" nogil:
@@ -91,6 +91,7 @@ cdef size_t real_page_bytes   # what the kernel counts in; equals page_bytes out
 cdef size_t huge_page_bytes
 cdef int64_t max_mappings
 cdef int64_t fork_generation = 0
+cdef int64_t abandoned_nbytes = 0     # atomic
 
 
 cdef inline bint refused(int call) noexcept nogil:
@@ -150,21 +151,23 @@ cdef void *os_reserve(size_t nbytes, size_t align_bytes) noexcept nogil:
         return address
     head_bytes = (align_bytes - <uintptr_t>address % align_bytes) % align_bytes
     tail_bytes = slack_bytes - head_bytes
-    # A refusal here costs address space only: the ends stay mapped, untouched and unused.
     if head_bytes:
-        os_release(address, head_bytes)
+        os_abandon(address, head_bytes)
     if tail_bytes:
-        os_release(address + head_bytes + nbytes, tail_bytes)
+        os_abandon(address + head_bytes + nbytes, tail_bytes)
     return address + head_bytes
 
 
 cdef void *os_reserve_hugetlb(size_t nbytes, size_t huge_page_bytes) noexcept nogil:
-    """Reserve `nbytes` from the hugetlb pool, or fail with ENOMEM.
+    """Reserve `nbytes` from the hugetlb pool, or fail with ENOMEM (ENOSYS where there is none).
 
     Without MAP_NORESERVE: the kernel sets the huge pages aside now, so that a later touch
     cannot meet an empty pool (which would be SIGBUS).
     """
     cdef int log2_bytes = 0
+    if MAP_HUGETLB == 0:
+        set_errno(ENOSYS)
+        return NULL
     while (<size_t>1 << log2_bytes) < huge_page_bytes:
         log2_bytes += 1
     return map_anonymous(nbytes, MAP_HUGETLB | (log2_bytes << MAP_HUGE_SHIFT))
@@ -175,6 +178,12 @@ cdef int os_release(void *address, size_t nbytes) noexcept nogil:
     if refused(CALL_MUNMAP) or munmap(address, nbytes) != 0:
         return errno
     return 0
+
+
+cdef void os_abandon(void *address, size_t nbytes) noexcept nogil:
+    """Give up a range that nobody will ask for again; what the kernel refuses is counted."""
+    if os_release(address, nbytes) != 0:
+        atomic_add_i64(&abandoned_nbytes, <int64_t>nbytes)
 
 
 cdef int os_advise(void *address, size_t nbytes, int advice) noexcept nogil:
@@ -334,6 +343,11 @@ def huge_page_size_bytes() -> int:
     return huge_page_bytes
 
 
+def abandoned_bytes() -> int:
+    """Return how much address space the kernel refused to take back, in the whole process."""
+    return atomic_load_i64(&abandoned_nbytes)
+
+
 def call_counts() -> dict[str, int]:
     """Return how often each kernel call was made since import, refused ones included."""
     return {name: atomic_load_i64(&calls[i].n_calls) for i, name in enumerate(CALL_NAMES)}
@@ -376,11 +390,13 @@ def _ask_machine() -> None:
     """Set the page sizes.  PAGEALLOC_PAGE_BYTES simulates larger pages (16 or 64 KiB) in tests."""
     global page_bytes, real_page_bytes, huge_page_bytes, max_mappings
     real_bytes = os.sysconf("SC_PAGESIZE")
-    wanted_bytes = parse_bytes(option_value("page_bytes") or real_bytes, name="page_bytes")
-    if wanted_bytes < real_bytes or wanted_bytes & (wanted_bytes - 1):
+    wanted_bytes = parse_bytes(
+        option_value("page_bytes") or real_bytes, name=OPTIONS["page_bytes"].env
+    )
+    if not real_bytes <= wanted_bytes <= 65536 or wanted_bytes & (wanted_bytes - 1):
         raise ValueError(
-            f"PAGEALLOC_PAGE_BYTES={wanted_bytes}: must be a power of two and at least "
-            f"this machine's page of {real_bytes} bytes"
+            f"{OPTIONS['page_bytes'].env}={wanted_bytes}: must be a power of two between "
+            f"this machine's page of {real_bytes} bytes and 65536"
         )
     real_page_bytes = real_bytes
     page_bytes = wanted_bytes

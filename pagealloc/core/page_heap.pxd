@@ -8,9 +8,6 @@ from pagealloc.core.mutex cimport mutex_t
 from pagealloc.core.page_map cimport page_map_t
 from pagealloc.core.page_run cimport run_t
 
-cdef enum:
-    ERROR_BUDGET = -1           # beside errno values, which are positive
-
 cdef enum:                      # what a free by address comes to
     FREED = 0
     NOT_OURS = 1                # no slot or run of this heap starts there
@@ -23,19 +20,19 @@ cdef struct page_heap_t:
     void *owner                 # what the map's arenas lead to: the heap_t
     size_t arena_bytes
     size_t page_bytes
-    int backing
+    int ladder                  # the backings its arenas may have
     int64_t budget_bytes        # -1: none
     # All below: guarded by `mutex`.
     free_runs_t free
     arena_t *arenas
-    int64_t n_arenas
     int64_t reserved_bytes
     int64_t committed_bytes     # what may be backed; never above the budget
     int64_t used_pages          # in runs that are live or slabs
+    int64_t n_live_runs
 
 cdef void page_heap_init(
     page_heap_t *pages, page_map_t *map, void *owner, size_t page_bytes, size_t arena_bytes,
-    int backing, int64_t budget_bytes
+    int ladder, int64_t budget_bytes
 ) noexcept nogil
 cdef int page_heap_destroy(page_heap_t *pages) noexcept nogil
 cdef run_t *page_heap_alloc(
@@ -52,7 +49,6 @@ cdef struct arena_report_t:
     int64_t reserved_bytes
     int64_t committed_bytes
     int64_t held_bytes          # -1: the kernel refused to say
-    int requested_backing
     int achieved_backing
     bint dedicated
 

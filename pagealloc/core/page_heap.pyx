@@ -10,7 +10,8 @@ Structure
 Invariants
     those of free_runs; each arena is in the page map from its first to its last chunk
     reserved_bytes = sum(arena.nbytes); committed_bytes = sum(n_committed * granule_bytes)
-    used_pages = sum of pages of live runs and slabs; committed_bytes <= budget_bytes
+    used_pages = sum of pages of live runs and slabs; n_live_runs = number of live runs
+    committed_bytes <= budget_bytes
 Locking
     Every function here takes `mutex` itself, but for those that say "locked".  A caller may hold
     a central list's mutex; nothing else is taken under this one but the page map's.
@@ -23,6 +24,8 @@ from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
 
 from pagealloc.core.arena cimport (
+    ERROR_BUDGET,
+    arena_abandon,
     arena_commit,
     arena_delete,
     arena_held_bytes,
@@ -59,7 +62,7 @@ cdef extern from "poison.h" nogil:
 
 cdef void page_heap_init(
     page_heap_t *pages, page_map_t *map, void *owner, size_t page_bytes, size_t arena_bytes,
-    int backing, int64_t budget_bytes
+    int ladder, int64_t budget_bytes
 ) noexcept nogil:
     memset(pages, 0, sizeof(page_heap_t))
     mutex_init(&pages.mutex, NULL)
@@ -68,12 +71,12 @@ cdef void page_heap_init(
     pages.owner = owner
     pages.page_bytes = page_bytes
     pages.arena_bytes = arena_bytes
-    pages.backing = backing
+    pages.ladder = ladder
     pages.budget_bytes = budget_bytes
 
 
 cdef int page_heap_destroy(page_heap_t *pages) noexcept nogil:
-    """Unmap every arena; nothing may be live.  An errno value, and what is left kept, on refusal."""
+    """Unmap every arena; nothing may be live.  On refusal an errno value; what is left is kept."""
     cdef int error = 0
     mutex_lock(&pages.mutex)
     while pages.arenas != NULL and error == 0:
@@ -92,7 +95,7 @@ cdef arena_t *add_arena(
     page_heap_t *pages, size_t nbytes, size_t align_bytes, bint dedicated, int *error
 ) noexcept nogil:
     """Reserve an arena and enter it as one free run (of `nbytes` exactly if it is dedicated)."""
-    cdef arena_t *arena = arena_new(nbytes, align_bytes, pages.backing, error)
+    cdef arena_t *arena = arena_new(nbytes, align_bytes, pages.ladder, error)
     if arena == NULL:
         return NULL
     arena.dedicated = dedicated
@@ -107,14 +110,14 @@ cdef arena_t *add_arena(
         if error[0]:
             page_map_clear(pages.map, arena.address, arena.nbytes)
     if error[0]:
-        arena_delete(arena)
+        arena_abandon(arena)
         return NULL
     arena.next = pages.arenas
     if arena.next != NULL:
         arena.next.previous = arena
     pages.arenas = arena
-    pages.n_arenas += 1
     pages.reserved_bytes += <int64_t>arena.nbytes
+    pages.committed_bytes += arena.n_committed * <int64_t>arena.granule_bytes
     poison(arena.address, arena.nbytes)
     return arena
 
@@ -144,7 +147,6 @@ cdef int drop_arena(page_heap_t *pages, arena_t *arena) noexcept nogil:
         gone.previous.next = gone.next
     else:
         pages.arenas = gone.next
-    pages.n_arenas -= 1
     pages.reserved_bytes -= <int64_t>gone.nbytes
     pages.committed_bytes -= gone.n_committed * <int64_t>gone.granule_bytes
     return 0
@@ -155,37 +157,79 @@ cdef inline bint is_one_free_run(const arena_t *arena) noexcept nogil:
     return run.state == RUN_FREE and (arena.dedicated or run.n_pages == arena.n_pages)
 
 
-cdef int64_t purge_free_runs(page_heap_t *pages) noexcept nogil:
-    """Give back what free runs hold; returns the physical bytes that went back."""
+cdef int64_t purge_free_runs(
+    page_heap_t *pages, int64_t enough_bytes, const run_t *spared
+) noexcept nogil:
+    """Give back what free runs hold until committed_bytes is down to `enough_bytes`.
+
+    Returns the physical bytes that went back.  `spared` is about to be used.
+    """
     cdef int64_t purged_bytes = 0, page, n_committed
     cdef arena_t *arena = pages.arenas
     cdef run_t *run
     while arena != NULL:
         page = 0
-        n_committed = arena.n_committed
-        while page < arena.n_pages:
+        while page < arena.n_pages and pages.committed_bytes > enough_bytes:
             run = arena.run_of_page[page]
-            if run.state == RUN_FREE:
+            if run.state == RUN_FREE and run != spared:
+                n_committed = arena.n_committed
                 purged_bytes += arena_purge(
                     arena, run.address, run.n_pages * <int64_t>pages.page_bytes
                 )
+                pages.committed_bytes -= (
+                    (n_committed - arena.n_committed) * <int64_t>arena.granule_bytes
+                )
             page = arena.n_pages if arena.dedicated else page + run.n_pages
-        pages.committed_bytes -= (n_committed - arena.n_committed) * <int64_t>arena.granule_bytes
         arena = arena.next
     return purged_bytes
 
 
-cdef bint within_budget(
-    page_heap_t *pages, const run_t *run, const char *start, int64_t nbytes
+cdef bint is_affordable(
+    const page_heap_t *pages, const run_t *run, const char *start, int64_t nbytes
 ) noexcept nogil:
-    """True if using the range keeps to the budget, if need be after purging what is free."""
     cdef const arena_t *arena = <const arena_t *>run.arena
-    if pages.budget_bytes < 0:
-        return True
-    if pages.committed_bytes + arena_missing_bytes(arena, start, nbytes) <= pages.budget_bytes:
-        return True
-    purge_free_runs(pages)
-    return pages.committed_bytes + arena_missing_bytes(arena, start, nbytes) <= pages.budget_bytes
+    return pages.budget_bytes < 0 or (
+        pages.committed_bytes + arena_missing_bytes(arena, start, nbytes) <= pages.budget_bytes
+    )
+
+
+cdef run_t *find_affordable(
+    page_heap_t *pages, run_t *best, int64_t n_pages, size_t align_bytes
+) noexcept nogil:
+    """A free run whose use keeps to the budget: the best fit, after purging what is needed.
+
+    The best fit itself is purged last, for its pages are about to be used.  Failing that, any run
+    that lies in granules which are committed already, as parts of a huge page do whose other
+    parts are in use.  NULL if there is none.
+    """
+    cdef int64_t nbytes = n_pages * <int64_t>pages.page_bytes
+    cdef int64_t missing_bytes = arena_missing_bytes(
+        <arena_t *>best.arena, aligned_start(best, align_bytes), nbytes
+    )
+    cdef arena_t *arena = pages.arenas
+    cdef run_t *run
+    cdef int64_t page
+    cdef char *start
+    purge_free_runs(pages, pages.budget_bytes - missing_bytes, best)
+    if is_affordable(pages, best, aligned_start(best, align_bytes), nbytes):
+        return best
+    purge_free_runs(pages, 0, NULL)
+    if is_affordable(pages, best, aligned_start(best, align_bytes), nbytes):
+        return best
+    while arena != NULL:
+        page = 0
+        while page < arena.n_pages:
+            run = arena.run_of_page[page]
+            start = aligned_start(run, align_bytes)
+            if (
+                run.state == RUN_FREE
+                and start + nbytes <= run.address + run.n_pages * <int64_t>pages.page_bytes
+                and is_affordable(pages, run, start, nbytes)
+            ):
+                return run
+            page = arena.n_pages if arena.dedicated else page + run.n_pages
+        arena = arena.next
+    return NULL
 
 
 cdef void commit(page_heap_t *pages, const run_t *run, bint *fresh) noexcept nogil:
@@ -194,6 +238,7 @@ cdef void commit(page_heap_t *pages, const run_t *run, bint *fresh) noexcept nog
     fresh[0] = arena_commit(arena, run.address, run.n_pages * <int64_t>pages.page_bytes)
     pages.committed_bytes += (arena.n_committed - n_committed) * <int64_t>arena.granule_bytes
     pages.used_pages += run.n_pages
+    pages.n_live_runs += run.state == RUN_LIVE
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,17 +271,21 @@ cdef run_t *page_heap_alloc(
             )
             if grown != NULL:
                 run = grown.run_of_page[0]
+    if run != NULL and not is_affordable(
+        pages, run, aligned_start(run, align_bytes), <int64_t>nbytes
+    ):
+        run = find_affordable(pages, run, n_pages, align_bytes)
+        if run == NULL:
+            error[0] = ERROR_BUDGET
     if run != NULL:
         start = aligned_start(run, align_bytes)
-        if not within_budget(pages, run, start, <int64_t>nbytes):
-            error[0] = ERROR_BUDGET
-        elif not free_runs_carve(&pages.free, run, start, n_pages, state, slab):
-            error[0] = ENOMEM
-        if error[0] == 0:
+        if free_runs_carve(&pages.free, run, start, n_pages, state, slab):
             commit(pages, run, fresh)
             unpoison(run.address, nbytes)
-        elif grown != NULL:
-            drop_arena(pages, grown)
+        else:
+            error[0] = ENOMEM
+    if error[0] and grown != NULL:
+        drop_arena(pages, grown)
     mutex_unlock(&pages.mutex)
     return run if error[0] == 0 else NULL
 
@@ -246,6 +295,7 @@ cdef void take_back(page_heap_t *pages, run_t *run) noexcept nogil:
     cdef arena_t *arena = <arena_t *>run.arena
     poison(run.address, <size_t>run.n_pages * pages.page_bytes)
     pages.used_pages -= run.n_pages
+    pages.n_live_runs -= run.state == RUN_LIVE
     free_runs_merge(&pages.free, run)
     if arena.dedicated:
         drop_arena(pages, arena)    # refused: it stays, for the next request
@@ -286,17 +336,18 @@ cdef int page_heap_free_at(page_heap_t *pages, char *address, void **slab) noexc
 
 cdef int64_t page_heap_trim(page_heap_t *pages) noexcept nogil:
     """Purge all that is free and unmap empty arenas; returns the physical bytes that went back."""
-    cdef int64_t purged_bytes
+    cdef int64_t purged_bytes, held_bytes
     cdef arena_t *arena
     cdef arena_t *next_arena
     mutex_lock(&pages.mutex)
-    purged_bytes = purge_free_runs(pages)
+    purged_bytes = purge_free_runs(pages, 0, NULL)
     arena = pages.arenas
     while arena != NULL:
         next_arena = arena.next
         if is_one_free_run(arena):
-            purged_bytes += arena_held_bytes(arena) if arena.n_committed else 0
-            drop_arena(pages, arena)
+            held_bytes = arena_held_bytes(arena)    # what could not be purged, hugetlb pages say
+            if drop_arena(pages, arena) == 0 and held_bytes > 0:
+                purged_bytes += held_bytes
         arena = next_arena
     mutex_unlock(&pages.mutex)
     return purged_bytes
@@ -316,7 +367,6 @@ cdef int64_t page_heap_report(
             reports[i].reserved_bytes = <int64_t>arena.nbytes
             reports[i].committed_bytes = arena.n_committed * <int64_t>arena.granule_bytes
             reports[i].held_bytes = arena_held_bytes(arena)
-            reports[i].requested_backing = arena.requested_backing
             reports[i].achieved_backing = arena.achieved_backing
             reports[i].dedicated = arena.dedicated
         i += 1
@@ -327,13 +377,13 @@ cdef int64_t page_heap_report(
 
 cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil:
     """NULL, or which invariant is broken."""
-    cdef int64_t n_free = 0, used_pages = 0, reserved_bytes = 0, committed_bytes = 0
+    cdef int64_t n_free = 0, n_live = 0, used_pages = 0, reserved_bytes = 0, committed_bytes = 0
     cdef const char *broken = NULL
     cdef arena_t *arena
     mutex_lock(&pages.mutex)
     arena = pages.arenas
     while arena != NULL and broken == NULL:
-        broken = free_runs_check_arena(&pages.free, arena, &n_free, &used_pages)
+        broken = free_runs_check_arena(&pages.free, arena, &n_free, &n_live, &used_pages)
         if broken == NULL and (
             page_map_find(pages.map, arena.address, pages.owner) != arena
             or page_map_find(
@@ -345,10 +395,12 @@ cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil:
         committed_bytes += arena.n_committed * <int64_t>arena.granule_bytes
         arena = arena.next
     if broken == NULL:
-        if run_tree_check(pages.free.tree) != n_free or n_free != pages.free.n_runs:
+        if run_tree_check(pages.free.tree, NULL, NULL) != n_free or n_free != pages.free.n_runs:
             broken = "the tree does not hold exactly the free runs"
         elif used_pages != pages.used_pages:
             broken = "used_pages is not the sum of live runs and slabs"
+        elif n_live != pages.n_live_runs:
+            broken = "n_live_runs is not the number of live runs"
         elif reserved_bytes != pages.reserved_bytes:
             broken = "reserved_bytes is not the sum of the arenas"
         elif committed_bytes != pages.committed_bytes:

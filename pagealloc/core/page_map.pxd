@@ -2,7 +2,8 @@
 
 A two-level table over 2 MiB chunks of a 48-bit address space: the root has 2^13 entries, a leaf
 2^14.  Reads take no lock (two acquire loads); writers hold the map's mutex.  A leaf, once made,
-stays: at 256 KiB of mostly untouched memory for 32 GiB of addresses that is cheaper than proving nobody reads it.
+stays: at 256 KiB of mostly untouched memory for 32 GiB of addresses that is cheaper than proving
+that nobody reads it.
 """
 
 from libc.stdint cimport uintptr_t

@@ -25,7 +25,6 @@ cdef struct run_pool_t:
     run_t *unused
     void *blocks            # each block starts with the pointer to the next
     uint32_t random         # state of the xorshift that gives priorities
-    int64_t block_bytes     # of all blocks together
 
 cdef void run_pool_init(run_pool_t *pool) noexcept nogil
 cdef void run_pool_destroy(run_pool_t *pool) noexcept nogil
@@ -35,4 +34,6 @@ cdef void run_delete(run_pool_t *pool, run_t *run) noexcept nogil
 cdef void run_tree_insert(run_t **root, run_t *run) noexcept nogil
 cdef void run_tree_remove(run_t **root, run_t *run) noexcept nogil
 cdef run_t *run_tree_best(run_t *root, int64_t n_pages) noexcept nogil
-cdef int64_t run_tree_check(const run_t *root) noexcept nogil
+cdef int64_t run_tree_check(
+    const run_t *root, const run_t *before, const run_t *after
+) noexcept nogil

@@ -19,10 +19,10 @@ Units
     Pages; addresses.
 """
 
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t
 from libc.string cimport memset
 
-from pagealloc.core.os_memory cimport os_page_bytes, os_release, os_reserve
+from pagealloc.core.os_memory cimport os_abandon, os_page_bytes, os_reserve
 
 cdef enum:
     BLOCK_BYTES = 65536
@@ -42,7 +42,7 @@ cdef void run_pool_destroy(run_pool_t *pool) noexcept nogil:
     cdef void *next_block
     while block != NULL:
         next_block = (<void **>block)[0]
-        os_release(block, BLOCK_BYTES)
+        os_abandon(block, BLOCK_BYTES)
         block = next_block
     run_pool_init(pool)
 
@@ -58,7 +58,6 @@ cdef run_t *run_new(run_pool_t *pool) noexcept nogil:
             return NULL
         (<void **>block)[0] = pool.blocks
         pool.blocks = block
-        pool.block_bytes += BLOCK_BYTES
         for i in range((BLOCK_BYTES - sizeof(void *)) // sizeof(run_t)):
             run_delete(pool, <run_t *>(block + sizeof(void *)) + i)
     run = pool.unused
@@ -139,21 +138,23 @@ cdef run_t *run_tree_best(run_t *root, int64_t n_pages) noexcept nogil:
     return best
 
 
-cdef int64_t run_tree_check(const run_t *root) noexcept nogil:
-    """Number of runs in the tree, or -1 if an invariant is broken."""
+cdef int64_t run_tree_check(
+    const run_t *root, const run_t *before, const run_t *after
+) noexcept nogil:
+    """Number of runs in the tree, all between `before` and `after`; -1 if that is broken."""
     cdef int64_t n_left, n_right
     if root == NULL:
         return 0
     if root.state != RUN_FREE:
         return -1
-    if root.left != NULL and (
-        not precedes(root.left, root) or root.left.priority > root.priority
+    if (before != NULL and not precedes(before, root)) or (
+        after != NULL and not precedes(root, after)
     ):
         return -1
-    if root.right != NULL and (
-        not precedes(root, root.right) or root.right.priority > root.priority
+    if (root.left != NULL and root.left.priority > root.priority) or (
+        root.right != NULL and root.right.priority > root.priority
     ):
         return -1
-    n_left = run_tree_check(root.left)
-    n_right = run_tree_check(root.right)
+    n_left = run_tree_check(root.left, before, root)
+    n_right = run_tree_check(root.right, root, after)
     return -1 if n_left < 0 or n_right < 0 else n_left + n_right + 1

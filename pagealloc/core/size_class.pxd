@@ -11,7 +11,8 @@ from libc.stdint cimport uint8_t, uint32_t
 cdef enum:
     SLOT_UNIT_BYTES = 64        # a cache line: the least alignment ever promised
     MAX_CLASSES = 64
-    MAX_LOOKUP = 1024           # a 64 KiB page has 512 units up to its half
+    MAX_PAGE_BYTES = 65536
+    MAX_LOOKUP = MAX_PAGE_BYTES // 2 // SLOT_UNIT_BYTES
     SLAB_BYTES = 65536          # a slab is this long, or one page where pages are longer
     NO_CLASS = 255
 

@@ -61,10 +61,17 @@ cdef int size_class_aligned(
     return i
 
 
+cdef int init_checked(size_classes_t *table, object page_bytes) except -1:
+    if page_bytes not in (4096, 16384, 65536):
+        raise ValueError(f"page_bytes={page_bytes!r}: pages have 4096, 16384 or 65536 bytes")
+    size_classes_init(table, page_bytes)
+    return 0
+
+
 def slot_sizes_bytes(page_bytes: int) -> list[int]:
     """Return the slot sizes of all classes for pages of `page_bytes`, smallest first."""
     cdef size_classes_t table
-    size_classes_init(&table, page_bytes)
+    init_checked(&table, page_bytes)
     return [table.slot_bytes[i] for i in range(table.n_classes)]
 
 
@@ -72,6 +79,6 @@ def slot_size_bytes(nbytes: int, align_bytes: int, page_bytes: int) -> int | Non
     """Return the slot size that serves a request, or None where it takes a page run."""
     cdef size_classes_t table
     cdef int i
-    size_classes_init(&table, page_bytes)
+    init_checked(&table, page_bytes)
     i = size_class_aligned(&table, nbytes, align_bytes)
     return None if i == NO_CLASS else table.slot_bytes[i]

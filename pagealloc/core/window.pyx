@@ -21,7 +21,6 @@ Units
 from typing import NamedTuple
 
 cimport cython
-from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
@@ -33,6 +32,7 @@ from pagealloc.core.extent_pages cimport (
     view_t,
     window_t,
 )
+from pagealloc.core.export cimport fill_buffer
 from pagealloc.core.extents cimport ExtentStore
 from pagealloc.core.os_memory cimport os_huge_page_bytes, os_page_bytes
 from pagealloc.core.remap cimport (
@@ -512,7 +512,7 @@ cdef class WindowView:
             store_leave(self.window.pages.store)
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
-        PyBuffer_FillInfo(
+        fill_buffer(
             buffer, self, self.window.pages.address + self.view.offset_bytes, self.view.nbytes,
             not self.view.is_writable, flags,
         )

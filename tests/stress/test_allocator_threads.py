@@ -3,13 +3,17 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
+from contextlib import contextmanager, suppress
 
 import numpy as np
+import pytest
 
-from pagealloc import PageAllocator
+from pagealloc import ClosedError, PageAllocator
 
 N_THREADS = 4
 
@@ -32,7 +36,9 @@ def churn(allocator, mailbox, stop, seed, failures):
         raise
 
 
-def start_churn(allocator):
+@contextmanager
+def churning(allocator):
+    """Threads at work, which end whatever the test does; then nothing may be lost."""
     mailbox, stop, failures = deque(), threading.Event(), []
     threads = [
         threading.Thread(target=churn, args=(allocator, mailbox, stop, seed, failures))
@@ -40,57 +46,145 @@ def start_churn(allocator):
     ]
     for thread in threads:
         thread.start()
-    return mailbox, stop, failures, threads
-
-
-def finish(allocator, mailbox, stop, failures, threads):
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert not failures
     for fill, buffer in mailbox:
         assert (np.frombuffer(buffer, np.uint8) == fill).all()
         buffer.close()
+
+
+def assert_nothing_is_left(allocator):
     allocator.check()
     allocator.trim()
     assert allocator.stats().reserved_bytes == 0
     allocator.close()
 
 
+def in_child(work):
+    """Run `work` in a forked child; its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.alarm(30)  # a deadlock ends the child, and fails the test
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+
 def test_buffers_pass_between_threads_while_another_trims():
     allocator = PageAllocator(backing="base", arena_bytes="4MiB")
-    mailbox, stop, failures, threads = start_churn(allocator)
-    end = time.monotonic() + 2
-    while time.monotonic() < end:
-        allocator.trim()
-        allocator.stats()
-        time.sleep(0.01)
-    finish(allocator, mailbox, stop, failures, threads)
+    with churning(allocator):
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            allocator.trim()
+            allocator.stats()
+            time.sleep(0.01)
+    assert_nothing_is_left(allocator)
 
 
+@pytest.mark.fork_under_load
 def test_a_child_forked_under_load_can_read_allocate_and_free():
     allocator = PageAllocator(backing="base", arena_bytes="4MiB")
     kept = allocator.zeros(1000, np.uint8)
     kept.fill(42)
-    mailbox, stop, failures, threads = start_churn(allocator)
-    for _ in range(100):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                signal.alarm(30)  # a deadlock ends the child, and fails the test
-                assert (kept == 42).all()
-                kept.fill(1)  # copy on write: the parent must not see it
-                child = [allocator.alloc(n) for n in (1, 100, 5000, 100_000, 10 << 20)]
-                for buffer in child:
-                    np.frombuffer(buffer, np.uint8).fill(9)
-                    buffer.close()
-                allocator.trim()
-                allocator.check()
-                status = 0
-            finally:
-                os._exit(status)
-        assert os.waitpid(pid, 0)[1] == 0
+
+    def work(kept=kept):
         assert (kept == 42).all()
-    del kept
-    finish(allocator, mailbox, stop, failures, threads)
+        kept.fill(1)  # copy on write: the parent must not see it
+        for nbytes in (1, 100, 5000, 100_000, 10 << 20):
+            with allocator.alloc(nbytes) as buffer:
+                np.frombuffer(buffer, np.uint8).fill(9)
+        allocator.trim()
+        allocator.check()
+
+    with churning(allocator):
+        for _ in range(100):
+            assert in_child(work) == 0
+            assert (kept == 42).all()
+    del kept, work
+    assert_nothing_is_left(allocator)
+
+
+@pytest.mark.fork_under_load
+def test_a_forked_child_knows_what_is_live_and_can_close():
+    """The other threads' calls, cut off by the fork, must not look like live buffers or callers."""
+    for _ in range(100):
+        allocator = PageAllocator(backing="base", arena_bytes="2MiB")
+        stop = threading.Event()
+
+        def churn_slots(allocator=allocator, stop=stop):
+            while not stop.is_set():
+                allocator.alloc(100).close()
+
+        thread = threading.Thread(target=churn_slots)
+        thread.start()
+
+        def work(allocator=allocator):
+            n_live = allocator.stats().n_live
+            assert n_live in (0, 1)
+            if n_live == 0:
+                allocator.close()
+
+        try:
+            assert in_child(work) == 0
+        finally:
+            stop.set()
+            thread.join()
+        allocator.close()
+
+
+@pytest.mark.parametrize("other", ["alloc", "close", "stats", "trim"])
+def test_close_races_with_other_calls(other):
+    """One of them wins; the other is served before, or told that it is closed or in use."""
+    calls = {
+        "alloc": lambda allocator: allocator.alloc(5000).close(),
+        "close": lambda allocator: allocator.close(),
+        "stats": lambda allocator: allocator.stats(),
+        "trim": lambda allocator: allocator.trim(),
+    }
+
+    def call(name, allocator, barrier):
+        barrier.wait()
+        with suppress(ClosedError, BufferError):
+            calls[name](allocator)
+
+    for _ in range(300):
+        allocator = PageAllocator(backing="base", arena_bytes="2MiB")
+        allocator.alloc(5000).close()
+        barrier = threading.Barrier(3)
+        threads = [
+            threading.Thread(target=call, args=(name, allocator, barrier))
+            for name in ("close", other, other)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        allocator.close()
+
+
+@pytest.mark.fork_under_load
+def test_the_default_allocator_is_made_in_a_child_forked_meanwhile():
+    program = """
+import os, signal, threading
+import pagealloc
+threads = [threading.Thread(target=pagealloc.default_allocator) for _ in range(4)]
+for thread in threads:
+    thread.start()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        pagealloc.default_allocator().alloc(100).close()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+"""
+    for _ in range(5):
+        subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)

@@ -108,6 +108,7 @@ def in_child(run):
     return None
 
 
+@pytest.mark.fork_under_load
 @pytest.mark.parametrize("order", ["interleaved", "block"])
 def test_fork_under_load(order):
     cache = KVCache(KVLayout(N_LAYERS, N_HEADS, HEAD_DIM, 300, order=order))

@@ -1,10 +1,13 @@
 """PageAllocator: what a caller asks, gets, and is told."""
 
 import errno
+import itertools
 import mmap
+import os
 import random
 import resource
 import threading
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -22,6 +25,7 @@ from pagealloc import (
 from pagealloc.core import os_memory
 
 PAGE_BYTES = page_size_bytes()
+NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
 
 
 @pytest.fixture
@@ -29,6 +33,16 @@ def allocator():
     allocator = PageAllocator(backing="base")
     yield allocator
     allocator.check()
+
+
+def fill_up(allocator, nbytes):
+    """As many buffers as the budget allows."""
+    buffers = []
+    while True:
+        try:
+            buffers.append(allocator.alloc(nbytes))
+        except OutOfMemoryError:
+            return buffers
 
 
 def touch(buffer):
@@ -45,7 +59,7 @@ def test_below_a_page_slots_are_aligned_and_stay_in_one_page(allocator, nbytes):
         assert buffer.address % 64 == 0
         assert buffer.address // PAGE_BYTES == (buffer.address + nbytes - 1) // PAGE_BYTES
     spans = sorted((b.address, b.address + nbytes) for b in buffers)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 @pytest.mark.parametrize("n_pages", [1, 3, 90, 511, 513, 5000, 20000])
@@ -90,7 +104,7 @@ def test_many_random_sizes_are_aligned_and_held_within_two_percent():
                 assert buffer.address % PAGE_BYTES == 0
             touch(buffer)
         spans = sorted((b.address, b.address + b.nbytes) for b in buffers)
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
         assert allocator.stats().held_bytes <= 1.02 * sum(sizes)
         allocator.check()
         rng.shuffle(buffers)
@@ -133,6 +147,30 @@ def test_best_fit_takes_the_smallest_hole_that_is_long_enough(allocator):
     assert allocator.alloc(9 * PAGE_BYTES).address == hole
 
 
+def test_leaving_with_an_exception_lets_it_through():
+    def fail_with_live_views():
+        with PageAllocator(backing="base") as allocator, allocator.alloc(10) as buffer:
+            views.append(memoryview(buffer))
+            raise KeyError("what the user must see")
+
+    views = []
+    with pytest.raises(KeyError, match="what the user must see"):
+        fail_with_live_views()
+
+
+def test_a_subclass_may_have_settings_of_its_own():
+    class Named(PageAllocator):
+        def __init__(self, name):
+            super().__init__(backing="base")
+            self.name = name
+
+    with Named("scratch") as allocator, allocator.alloc(10):
+        assert allocator.name == "scratch"
+    with pytest.raises(TypeError, match="open already"):
+        PageAllocator.__init__(allocator := PageAllocator())
+    allocator.close()
+
+
 # --- arrays ---
 
 
@@ -169,6 +207,7 @@ def test_small_and_empty_shapes(allocator, shape):
 def test_structured_and_16_bit_dtypes(allocator):
     assert allocator.zeros(5, [("a", "f2"), ("b", "u1")]).dtype.itemsize == 3
     assert allocator.empty((2, 3), np.float16).shape == (2, 3)
+    assert allocator.empty((2,), np.dtype(("f4", (3,)))).shape == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +218,7 @@ def test_structured_and_16_bit_dtypes(allocator):
         (1.5, "f4", TypeError),
         ("ab", "f4", TypeError),
         ((1 << 62, 1 << 62), "f8", ValueError),
+        (None, "f4", TypeError),
         (3, object, TypeError),
         (3, "no such dtype", TypeError),
     ],
@@ -205,8 +245,8 @@ def test_impossible_alignments_are_value_errors(allocator, bad):
 
 
 def test_more_than_the_address_space_has_left_is_out_of_memory(allocator):
-    with pytest.raises(OutOfMemoryError, match=r"100 TiB.*the kernel refused"):
-        allocator.alloc("100TiB")
+    with pytest.raises(OutOfMemoryError, match=r"128 TiB.*the kernel refused"):
+        allocator.alloc("128TiB")
     with allocator.alloc(1):
         pass
 
@@ -285,13 +325,89 @@ def test_cached_memory_is_purged_before_the_budget_refuses():
         keep.clear()
 
 
+@pytest.mark.parametrize("budget_pages", [1, 4, 15, 17])
+def test_small_requests_fill_a_tiny_budget_to_the_last_page(budget_pages):
+    """A slab of sixteen pages has no room: single pages serve them."""
+    with PageAllocator(budget_bytes=budget_pages * PAGE_BYTES, backing="base") as allocator:
+        buffers = fill_up(allocator, 1)
+        assert len(buffers) >= budget_pages
+        assert allocator.stats().committed_bytes == budget_pages * PAGE_BYTES
+        allocator.check()
+        buffers.clear()
+
+
+def test_a_refusal_leaves_no_arena_behind():
+    with PageAllocator(budget_bytes=10 * PAGE_BYTES, backing="base") as allocator:
+        with pytest.raises(OutOfMemoryError):
+            allocator.alloc(11 * PAGE_BYTES)
+        assert allocator.stats().reserved_bytes == 0
+
+
+def test_under_thp_a_hole_in_a_committed_huge_page_serves_when_the_budget_is_full():
+    allocator = PageAllocator(backing="thp", arena_bytes="8MiB", budget_bytes="6MiB")
+    try:
+        buffers = [allocator.alloc("1MiB") for _ in range(6)]
+    except BackingUnavailableError as error:
+        pytest.skip(f"no THP here: {error}")
+    del buffers[1]  # a hole of 1 MiB; the free 2 MiB at the end are a longer run
+    with pytest.raises(OutOfMemoryError):
+        allocator.alloc("2MiB")
+    buffers.append(allocator.alloc("1MiB"))
+    del buffers[0]
+    buffers.append(allocator.alloc("512KiB"))
+    allocator.check()
+    buffers.clear()
+    allocator.close()
+
+
+def test_an_aligned_request_passes_over_a_hole_without_an_aligned_start(allocator):
+    page, mib = PAGE_BYTES, 1 << 20
+    sizes = [page, mib, page, 3 * mib, page, 30 * mib, 29 * mib]  # fills the arena but for < 1 MiB
+    buffers = [allocator.alloc(nbytes) for nbytes in sizes]
+    assert len(allocator.stats().arenas) == 1
+    tight, roomy = buffers[1].address, buffers[3].address
+    buffers[3].close()
+    buffers[1].close()
+    aligned = allocator.alloc(mib, align=mib)
+    assert aligned.address % mib == 0
+    assert tight % mib != 0
+    assert roomy <= aligned.address < roomy + 3 * mib
+    assert len(allocator.stats().arenas) == 1
+    assert allocator.alloc(mib).address == tight
+
+
 def test_a_budget_below_an_arena_takes_base_pages_so_that_it_is_exact():
     with PageAllocator(budget_bytes="1MiB") as allocator:
         allocator.alloc(PAGE_BYTES).close()
         assert [a.achieved_backing for a in allocator.stats().arenas] == ["base"]
 
 
+def test_under_pressure_only_what_is_needed_is_purged():
+    with PageAllocator(budget_bytes=1000 * PAGE_BYTES, backing="base") as allocator:
+        buffers = [allocator.alloc(n * PAGE_BYTES) for _ in range(10) for n in (90, 1)]
+        for buffer in buffers:
+            touch(buffer)
+        held_bytes = allocator.stats().held_bytes
+        del buffer, buffers[0::2]  # ten holes of 90 pages, kept apart by single ones
+        with allocator.alloc(200 * PAGE_BYTES):
+            purged_bytes = held_bytes - allocator.stats().held_bytes
+            assert 0 < purged_bytes <= held_bytes // 4
+        buffers.clear()
+
+
 # --- trim ---
+
+
+def test_trim_counts_nothing_that_stayed():
+    with PageAllocator(backing="base") as allocator:
+        buffer = allocator.alloc(10 * PAGE_BYTES)
+        touch(buffer)
+        buffer.close()
+        with os_memory.refusing("madvise"), os_memory.refusing("munmap"):
+            assert allocator.trim() == 0
+        with os_memory.refusing("madvise"), os_memory.refusing("mincore"):
+            assert allocator.trim() == 0  # it went back with its arena, uncounted
+        assert allocator.stats().reserved_bytes == 0
 
 
 def test_trim_returns_what_went_back():
@@ -354,10 +470,8 @@ def test_base_takes_one_fault_a_page(allocator):
 
 
 def test_hugetlb_without_a_pool_names_the_command():
-    with open("/proc/meminfo", encoding="ascii") as file:
-        free = next(int(line.split()[1]) for line in file if line.startswith("HugePages_Free"))
-    if free:
-        pytest.skip(f"{free} huge pages are reserved here")
+    if NR_HUGEPAGES.exists() and int(NR_HUGEPAGES.read_text()):
+        pytest.skip("huge pages are reserved here")
     allocator = PageAllocator(backing="hugetlb")
     with pytest.raises(BackingUnavailableError, match=r"sysctl vm.nr_hugepages=32"):
         allocator.alloc(1)
@@ -392,6 +506,74 @@ def test_thp_refused_by_name_is_an_error_with_the_command():
 
 def test_huge_page_size_is_a_multiple_of_the_page():
     assert huge_page_size_bytes() % PAGE_BYTES == 0
+
+
+@pytest.fixture
+def hugetlb_pool():
+    """64 huge pages in the machine's pool, where the test may put them there."""
+    before = int(NR_HUGEPAGES.read_text()) if NR_HUGEPAGES.exists() else None
+    if before is None or not os.access(NR_HUGEPAGES, os.W_OK):
+        pytest.skip("only root may reserve huge pages, and only where the kernel has hugetlb")
+    try:
+        NR_HUGEPAGES.write_text("64")
+    except OSError as error:
+        pytest.skip(f"nr_hugepages cannot be changed here: {error}")
+    if int(NR_HUGEPAGES.read_text()) < 64:
+        NR_HUGEPAGES.write_text(str(before))
+        pytest.skip("the machine has no 64 free huge pages")
+    yield
+    NR_HUGEPAGES.write_text(str(before))
+
+
+def test_hugetlb_from_a_pool(hugetlb_pool):
+    with PageAllocator(backing="hugetlb") as allocator:
+        buffer = allocator.alloc("8MiB")
+        faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        touch(buffer)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before <= 8
+        (arena,) = allocator.stats().arenas
+        assert arena.achieved_backing == "hugetlb"
+        assert arena.committed_bytes == arena.reserved_bytes  # it left the pool whole
+        with pytest.raises(ValueError, match=r"aligned to 4\.00 MiB with backing='hugetlb'"):
+            allocator.alloc(1, align="4MiB")
+        with PageAllocator() as auto, auto.alloc(1):
+            assert auto.stats().arenas[0].achieved_backing == "hugetlb"
+        with pytest.raises(BackingUnavailableError, match=r"vm\.nr_hugepages="):
+            allocator.alloc("1GiB")
+        allocator.check()
+        buffer.close()
+        assert allocator.trim() == 8 << 20
+    with PageAllocator(budget_bytes="1GiB") as budgeted, budgeted.alloc(1):
+        assert budgeted.stats().arenas[0].achieved_backing != "hugetlb"
+    with PageAllocator(backing="hugetlb", budget_bytes="32MiB") as small:
+        with pytest.raises(OutOfMemoryError, match="budget"):
+            small.alloc(1)
+        assert small.stats().reserved_bytes == 0
+
+
+def test_a_new_thp_arena_holds_nothing():
+    """The touch that proves the backing is given back."""
+    with PageAllocator(backing="thp") as allocator:
+        try:
+            buffer = allocator.alloc(PAGE_BYTES)
+        except BackingUnavailableError as error:
+            pytest.skip(f"no THP here: {error}")
+        assert buffer.fresh
+        assert allocator.stats().held_bytes == 0
+        buffer.close()
+
+
+def test_base_pages_are_base_pages_wherever_thp_is_always(allocator):
+    buffer = allocator.alloc(PAGE_BYTES)
+    lines = Path("/proc/self/smaps").read_text(encoding="ascii").splitlines()
+    starts = [i for i, line in enumerate(lines) if "-" in line.split(" ")[0]]
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        low, high = (int(part, 16) for part in lines[start].split(" ")[0].split("-"))
+        if low <= buffer.address < high:
+            flags = next(line for line in lines[start:end] if line.startswith("VmFlags"))
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("a kernel without THP")
+    assert " nh" in flags
 
 
 # --- the shared allocator ---

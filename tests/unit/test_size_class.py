@@ -35,8 +35,6 @@ def test_the_classes_of_4_kib_pages():
 def test_the_smallest_class_that_fits_and_is_aligned(page_bytes, nbytes, align_log2):
     align_bytes = 1 << align_log2
     fitting = [
-        size
-        for size in slot_sizes_bytes(page_bytes)
-        if size >= nbytes and size % align_bytes == 0
+        size for size in slot_sizes_bytes(page_bytes) if size >= nbytes and size % align_bytes == 0
     ]
     assert slot_size_bytes(nbytes, align_bytes, page_bytes) == (min(fitting) if fitting else None)
