@@ -40,7 +40,8 @@ from posix.unistd cimport close, ftruncate, pwrite
 
 from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64
 
-from pagealloc.options import OPTIONS, option_value
+from pagealloc.options import OPTIONS as _OPTIONS
+from pagealloc.options import option_value
 from pagealloc.units import parse_bytes
 
 cdef extern from "os_compat.h" nogil:
@@ -391,11 +392,11 @@ def _ask_machine() -> None:
     global page_bytes, real_page_bytes, huge_page_bytes, max_mappings
     real_bytes = os.sysconf("SC_PAGESIZE")
     wanted_bytes = parse_bytes(
-        option_value("page_bytes") or real_bytes, name=OPTIONS["page_bytes"].env
+        option_value("page_bytes") or real_bytes, name=_OPTIONS["page_bytes"].env
     )
     if not real_bytes <= wanted_bytes <= 65536 or wanted_bytes & (wanted_bytes - 1):
         raise ValueError(
-            f"{OPTIONS['page_bytes'].env}={wanted_bytes}: must be a power of two between "
+            f"{_OPTIONS['page_bytes'].env}={wanted_bytes}: must be a power of two between "
             f"this machine's page of {real_bytes} bytes and 65536"
         )
     real_page_bytes = real_bytes
