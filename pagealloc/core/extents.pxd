@@ -13,4 +13,5 @@ cdef class ExtentStore:
     cdef readonly str name
 
     cdef void lock(self) noexcept
+    cdef int64_t read(self, const int64_t *count) noexcept
     cdef int require(self, int code, str action, int64_t asked_bytes) except -1

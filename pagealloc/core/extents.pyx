@@ -279,7 +279,7 @@ cdef class ExtentStore:
     @property
     def committed_bytes(self) -> int:
         """Bytes committed by the store's own books, a shared page once; 0 once closed."""
-        return self.books.n_committed_pages * page_bytes
+        return self.read(&self.books.n_committed_pages) * page_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -294,17 +294,17 @@ cdef class ExtentStore:
     @property
     def stale_bytes(self) -> int:
         """Bytes nobody uses that the kernel so far refused to take back; see `trim`."""
-        return self.books.n_stale_pages * page_bytes
+        return self.read(&self.books.n_stale_pages) * page_bytes
 
     @property
     def n_mappings(self) -> int:
         """Kernel mappings that this store's windows cost the process, of vm.max_map_count."""
-        return self.books.n_mappings
+        return self.read(&self.books.n_mappings)
 
     @property
     def n_windows(self) -> int:
         """Open windows."""
-        return self.books.n_windows - self.books.n_abandoned
+        return self.read(&self.books.n_windows) - self.read(&self.books.n_abandoned)
 
     def __enter__(self) -> ExtentStore:
         return self
@@ -335,6 +335,14 @@ cdef class ExtentStore:
             with nogil:
                 store_wait(self.books)
                 store_leave(self.books)
+
+    cdef int64_t read(self, const int64_t *count) noexcept:
+        """A count of the books, read under the mutex that guards it."""
+        cdef int64_t value
+        self.lock()
+        value = count[0]
+        store_leave(self.books)
+        return value
 
     cdef int require(self, int code, str action, int64_t asked_bytes) except -1:
         """Raise what `code` means; the GIL is held and the mutex is not."""

@@ -383,17 +383,17 @@ cdef class Window:
     @property
     def n_views(self) -> int:
         """Live views."""
-        return self.pages.n_views
+        return self.store.read(&self.pages.n_views)
 
     @property
     def n_mappings(self) -> int:
         """Kernel mappings it costs the process: 1, and about 2 for each shared run."""
-        return self.pages.n_mappings
+        return self.store.read(&self.pages.n_mappings)
 
     @property
     def committed_bytes(self) -> int:
         """Bytes committed here, own and shared."""
-        return self.pages.n_committed_pages * page_bytes
+        return self.store.read(&self.pages.n_committed_pages) * page_bytes
 
     def __enter__(self) -> Window:
         return self
