@@ -31,6 +31,9 @@ class OutOfMemoryError(PageallocError, MemoryError):
 class BackingUnavailableError(OutOfMemoryError, OSError):
     """The backing asked for by name (``"hugetlb"``, ``"thp"``) cannot be had on this machine."""
 
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
+
 
 class PageBoundaryError(PageallocError, IndexError):
     """An access would leave the committed rows of a sequence, or its window."""

@@ -138,6 +138,7 @@ def _thp_rows(report: SystemReport) -> Iterator[Row]:
         yield _setting_row("defrag", report.thp_defrag, ("madvise", "defer+madvise", "always"))
     if report.shmem_enabled is not None:
         yield _setting_row("shmem_enabled", report.shmem_enabled, ("advise", "within_size"))
+        yield Row("", "(KV windows collapse whole huge pages by themselves, whatever it says)")
     for shared, sizes in _by_setting(report.mthp_enabled).items():
         kib = ",".join(str(page_bytes >> 10) for page_bytes in sizes)
         # The shell spells out the braces, and tee writes to each file.

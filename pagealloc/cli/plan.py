@@ -13,6 +13,8 @@ from pagealloc.units import format_bytes, parse_bytes
 NAME = "plan"
 HELP = "show what a KV cache costs, and how many sequences fit here"
 
+MOST = 1 << 40  # of anything that is counted here: beyond it only typing errors lie
+
 # ggml stores a row in blocks of 32 values: one float16 scale, then 8 or 4 bits a value.
 BLOCK_VALUES = 32
 Q8_0_BLOCK_BYTES = 34
@@ -123,6 +125,8 @@ def question_of(args: argparse.Namespace) -> Question:
     ):
         if value < least:
             raise ValueError(f"{option} must be at least {least}, not {value}")
+        if value > MOST:
+            raise ValueError(f"{option} must be at most {MOST:,}, not {value}")
     if used_tokens > context_tokens:
         raise ValueError(f"--tokens {used_tokens} is more than --ctx {context_tokens}")
     if args.shared_prefix > used_tokens:

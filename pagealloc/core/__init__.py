@@ -29,7 +29,8 @@ this by reading the table below)::
     3  extent_pages    the pages of one memfd: reference counts, commit, punch, budget
     4  store_registry  all stores of the process, and what fork() does with them
     4  window_pages    one window: its mappings and the extents behind them, nogil
-    5  remap           commit, share, make_private, release: all or nothing
+    5  huge_pages      whole huge pages of a window backed by huge pages, where the kernel can
+    6  remap           commit, share, make_private, release: all or nothing
     6  extents         ExtentStore: the Python face of one memfd
     7  window          Window: the Python face of one address range
 

@@ -150,8 +150,8 @@ cdef class ExtentStore:
             return
         with nogil:
             # Every open window would have kept the store alive.
-            registry_remove(store)
             windows_forget_abandoned(store)
+            registry_remove(store)
             if not store.is_closed:
                 store_close_file(store)
             mutex_destroy(&store.mutex)
@@ -309,8 +309,12 @@ cdef class ExtentStore:
     def __enter__(self) -> ExtentStore:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, exc_type: object, *exc_info: object) -> None:
+        try:
+            self.close()
+        except BufferError:
+            if exc_type is None:    # else what the block raised matters more
+                raise
 
     def __reduce_ex__(self, protocol: int):
         raise TypeError("an ExtentStore is memory of this process: it cannot be pickled or copied")

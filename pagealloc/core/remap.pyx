@@ -52,13 +52,12 @@ from pagealloc.core.interval_map cimport (
     imap_set,
     interval_t,
 )
+from pagealloc.core.huge_pages cimport collapse_completed_huge_pages, populate_huge_pages
 from pagealloc.core.os_memory cimport (
-    MADV_COLLAPSE,
     MADV_DONTDUMP,
     os_advise,
     os_file_commit,
     os_file_write,
-    os_huge_page_bytes,
     os_map_file,
     os_page_bytes,
     os_populate_write,
@@ -199,27 +198,6 @@ cdef int reserve_books(plan_t *plan) noexcept nogil:
     return 0
 
 
-cdef void populate_huge(window_t *window, int64_t start_bytes, int64_t end_bytes) noexcept nogil:
-    """Back the whole huge pages of a range of holes by huge pages, where the kernel can.
-
-    It commits not one byte more, takes a fault where there were 512, and makes the range cheap to
-    map again: the first read of a fork costs a fault a huge page.  A mere attempt: what is refused
-    is populated by base pages afterwards.  The kernel collapses only a range that is not empty,
-    hence the one page first (populated, not touched: a touch that finds no memory is SIGBUS).
-    """
-    cdef int64_t huge_page_bytes = <int64_t>os_huge_page_bytes()
-    cdef int64_t first = (start_bytes + huge_page_bytes - 1) // huge_page_bytes * huge_page_bytes
-    cdef int64_t end = end_bytes // huge_page_bytes * huge_page_bytes
-    cdef int64_t offset = first
-    if first >= end:
-        return
-    while offset < end:
-        if os_populate_write(window.address + offset, <size_t>page_bytes) != 0:
-            return
-        offset += huge_page_bytes
-    os_advise(window.address + first, <size_t>(end - first), MADV_COLLAPSE)
-
-
 cdef int fill(window_t *window, const move_t *move) noexcept nogil:
     """Commit the target's pages and give them their content; a code may leave a part done."""
     cdef int64_t start_bytes = move.first_page * page_bytes
@@ -234,7 +212,7 @@ cdef int fill(window_t *window, const move_t *move) noexcept nogil:
             window.store.fd, move.content + start_bytes, <size_t>nbytes, offset
         )
     if move.target == window.own:   # it is mapped already: commit and fill page tables at once
-        populate_huge(window, start_bytes, start_bytes + nbytes)
+        populate_huge_pages(window, move.first_page, move.n_pages)
         code = os_populate_write(window.address + start_bytes, <size_t>nbytes)
     if code == EINVAL:
         code = os_file_commit(window.store.fd, offset, nbytes)
@@ -358,6 +336,8 @@ cdef int window_commit(window_t *window, int64_t first_page, int64_t n_pages) no
     while code == 0 and imap_next_gap(&window.sources, &page, first_page + n_pages, &gap):
         code = plan_fresh(&plan, gap.first_page, gap.first_page + gap.n_pages, NULL, NULL)
     code = plan_apply(&plan, code)
+    if code == 0 and plan.n_fresh_pages:
+        collapse_completed_huge_pages(window, first_page, n_pages)
     store_leave(window.store)
     return code
 

@@ -344,9 +344,21 @@ cdef class Window:
         OutOfMemoryError
             The kernel refused: the window is as it was, and open.
         """
-        cdef int code
-        with nogil:
-            code = window_close(self.pages)
+        cdef int code = 0
+        self.store.lock()   # the GIL is held: who saw the window open with it held is done
+        if self.pages.is_closed:
+            store_leave(self.store.books)
+            return
+        if self.pages.n_views:
+            code = WINDOW_VIEWED
+            store_leave(self.store.books)
+        else:
+            self.pages.is_closed = True     # before the GIL is let go, and the range unmapped
+            with nogil:
+                code = window_close(self.pages)
+                if code:
+                    self.pages.is_closed = False
+                store_leave(self.pages.store)
         if code:
             self.require(code, "close", 0, self.nbytes)
 
@@ -398,8 +410,12 @@ cdef class Window:
     def __enter__(self) -> Window:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, exc_type: object, *exc_info: object) -> None:
+        try:
+            self.close()
+        except BufferError:
+            if exc_type is None:    # else what the block raised matters more
+                raise
 
     def __reduce_ex__(self, protocol: int):
         raise TypeError("a Window is memory of this process: it cannot be pickled or copied")

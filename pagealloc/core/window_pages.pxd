@@ -29,13 +29,13 @@ cdef inline extent_t *extent_of(const interval_t *run) noexcept nogil:
 
 # These take the mutex.
 cdef int window_open(store_t *store, int64_t n_pages, window_t **window) noexcept nogil
-cdef int window_close(window_t *window) noexcept nogil
 cdef void window_abandon(window_t *window) noexcept nogil
 
 # This one returns with the mutex held, unless it returns a code.
 cdef int window_enter(window_t *window) noexcept nogil
 
 # These want it held.
+cdef int window_close(window_t *window) noexcept nogil
 cdef void windows_close_abandoned(store_t *store) noexcept nogil
 cdef void windows_forget_abandoned(store_t *store) noexcept nogil
 cdef bint window_is_private(

@@ -20,7 +20,7 @@ Invariants
     n_committed_pages = pages that sources knows
     n_mappings = ranges of neighbouring pages that are mapped to one extent
 Locking
-    The store's mutex.  window_open, window_close and window_abandon take it; window_enter
+    The store's mutex.  window_open and window_abandon take it; window_enter
     returns with it held; the rest wants it held.
 Units
     Pages, unless a name says bytes.
@@ -114,7 +114,7 @@ cdef int map_own_extent(window_t *window, size_t nbytes) noexcept nogil:
     return code
 
 
-cdef int close_locked(window_t *window) noexcept nogil:
+cdef int window_close(window_t *window) noexcept nogil:
     cdef store_t *store = window.store
     cdef extent_t *extent = window.own
     cdef extent_t *next_extent
@@ -150,21 +150,11 @@ cdef int close_locked(window_t *window) noexcept nogil:
     return 0
 
 
-cdef int window_close(window_t *window) noexcept nogil:
-    """Unmap the window and drop its pages; closing twice is no error."""
-    cdef int code = 0
-    store_wait(window.store)
-    if not window.is_closed:
-        code = close_locked(window)
-    store_leave(window.store)
-    return code
-
-
 cdef void window_abandon(window_t *window) noexcept nogil:
     """Close and free the window; if the kernel refuses, a later change of the store tries again."""
     cdef store_t *store = window.store
     store_wait(store)
-    if window.is_closed or close_locked(window) == 0:
+    if window.is_closed or window_close(window) == 0:
         free(window)
     else:
         window.is_abandoned = True
@@ -177,7 +167,7 @@ cdef void windows_close_abandoned(store_t *store) noexcept nogil:
     cdef window_t *next_window
     while window != NULL:
         next_window = window.next
-        if window.is_abandoned and close_locked(window) == 0:
+        if window.is_abandoned and window_close(window) == 0:
             store.n_abandoned -= 1
             free(window)
         window = next_window

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 
 from pagealloc.demo.errors import DemoError
+from pagealloc.kv.stats import page_table_bytes
 
 __all__ = [
     "describe_machine",
@@ -27,11 +28,6 @@ def page_faults() -> int:
     """Return the page faults of this process so far, minor and major."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_minflt + usage.ru_majflt
-
-
-def page_table_bytes() -> int:
-    """Return what the page tables of this process take (VmPTE)."""
-    return _status_bytes("VmPTE")
 
 
 def peak_rss_bytes() -> int:

@@ -19,7 +19,9 @@ FOOTNOTES = (
     "(1) Physical memory, page tables included, with all conversations alive.",
     (
         "(2) Minor and major faults from the moment the weights are loaded until the last "
-        "conversation has its first token: all caches created, then every first inference."
+        "conversation has its first token: all caches created, then every first inference. The "
+        "baseline's memory is ordinary pages, as llama.cpp's is; an array of NumPy's own asks for "
+        "huge pages where THP is 'madvise', and would take a fault for 2 MiB instead of one a page."
     ),
     (
         "(3) Of the whole process, weights included. RSS counts a shared page once per mapping: "
@@ -28,8 +30,8 @@ FOOTNOTES = (
 )
 
 THP_NOTE = (
-    "(2) Transparent huge pages are 'always' on this machine: one fault brings the baseline 2 MiB, "
-    "where it brings a window one page. The reference's figure is about base pages."
+    "(2) Transparent huge pages are 'always' on this machine: one fault brings the baseline 2 MiB "
+    "of its cleared cache. The reference's figure is about base pages."
 )
 
 

@@ -1,6 +1,7 @@
 """One run of ``pagealloc demo``: the comparison of both sides, or one turn of chat."""
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -78,6 +79,8 @@ def run_comparison(options: DemoOptions) -> int:
     int
         0 if both sides generated the same tokens, else 3.
     """
+    for path in (options.json_path, options.png_path):
+        _refuse_unwritable(path)
     with _open_model(options) as model:
         questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(options.n_conversations)]
         n_ctx = min(options.n_ctx, model.shape.max_tokens)
@@ -97,7 +100,10 @@ def run_comparison(options: DemoOptions) -> int:
                 display.say(line)
             _write_json(options.json_path, model, machine, job, questions, comparison)
             display.say(f"wrote {options.json_path}")
-            subtitle = f"{model.path.stem}, context {job.n_ctx:,}, float16 KV; {machine['cpu']}"
+            subtitle = (
+                f"{model.path.stem}, context {job.n_ctx:,}, float16 KV; baseline: preallocated and "
+                f"cleared; {machine['cpu']}"
+            )
             display.say(_write_chart(options.png_path, comparison, subtitle))
     return TOKENS_IDENTICAL if all(comparison.tokens_identical) else TOKENS_DIFFER
 
@@ -222,6 +228,15 @@ def _write_json(
         ],
     }
     path.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Say now, not after minutes of work, that a result could not be written."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise DemoError(f"cannot write {path}: there is no folder {folder}")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise DemoError(f"cannot write {path}: no permission, or it is a folder")
 
 
 def _write_chart(path: Path, comparison: Comparison, subtitle: str) -> str:

@@ -75,9 +75,9 @@ class PageallocSide:
         self._forks.append(fork)
         return fork
 
-    def kv_bytes(self, page_table_growth_bytes: int) -> int:  # noqa: ARG002  counted in stats()
-        """Return the cache's own figure: pages of its file, and the growth of the page tables."""
-        return int(self._cache.stats().held_bytes)
+    def kv_bytes(self, page_table_growth_bytes: int) -> int:
+        """Return the pages of the cache's file and the growth of the page tables."""
+        return int(self._cache.stats().file_bytes) + page_table_growth_bytes
 
     def close(self) -> None:
         """Close the conversations, then the cache."""

@@ -20,6 +20,7 @@ Units
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, NamedTuple
 
 from pagealloc.errors import PageBoundaryError
@@ -61,7 +62,11 @@ class Span(NamedTuple):
 
 
 def check_layer(layout: KVLayout, layer: int) -> None:
-    """Raise PageBoundaryError unless the window has this layer."""
+    """Raise PageBoundaryError unless the window has this layer; TypeError for no integer."""
+    try:
+        layer = operator.index(layer)
+    except TypeError:
+        raise TypeError(f"layer must be an integer, not {type(layer).__name__}") from None
     if not 0 <= layer < layout.n_layers:
         raise PageBoundaryError(
             f"layer {layer} is outside this window of {layout.n_layers} layers, which ends at "
@@ -74,6 +79,8 @@ def check_rows(layout: KVLayout, layer: int, start: int, end: int, n_tokens: int
     check_layer(layout, layer)
     if 0 <= start <= end <= n_tokens:
         return
+    if 0 <= end < start:
+        raise PageBoundaryError(f"layer {layer}: start {start} lies behind end {end}")
     token = start if start < 0 or start > n_tokens else end - 1
     where = "before the window's first row"
     if token >= 0:

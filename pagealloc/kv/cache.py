@@ -170,7 +170,8 @@ class KVCache:
         Raises
         ------
         BufferError
-            An array over a sequence's rows is still alive; nothing is closed then.
+            An array over a sequence's rows is still alive, and nothing was closed; or another
+            thread made a sequence meanwhile, and the others were.
         """
         if self.closed:
             return
@@ -217,8 +218,12 @@ class KVCache:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, exc_type: object, *exc_info: object) -> None:
+        try:
+            self.close()
+        except BufferError:
+            if exc_type is None:  # else what the block raised matters more, and holds the arrays
+                raise
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a KVCache is memory of this process and cannot be pickled or copied")

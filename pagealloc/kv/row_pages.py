@@ -9,7 +9,7 @@ Structure
         token   0 ............... length ....... ready ................ max_tokens
         pages   | rows, maybe shared | committed, private | not looked at
 Invariants
-    committed pages == pages_of(lengths) + surplus
+    committed pages == pages_of(ready) + surplus
     lengths[i] <= ready[i] <= max_tokens
     The one sharing rule: whoever writes makes the pages private first, parent and child alike.
     share() therefore sets `ready` back on both sides.
@@ -86,16 +86,14 @@ class RowPages:
         ]
         if self.surplus:
             self._release_surplus()
-        committed: list[Span] = []
         try:
             for span in wanted:
                 window.commit(span.start, span.nbytes)
-                committed.append(span)
             if self.has_shared:
                 for span in wanted:
                     window.make_private(span.start, span.nbytes)
         except BaseException as error:
-            self.release(boundary.subtract(committed, boundary.pages_of(layout, lengths)))
+            self.release(boundary.subtract(wanted, boundary.pages_of(layout, self.ready)))
             if not isinstance(error, OutOfMemoryError):
                 raise
             raise OutOfMemoryError(
@@ -111,11 +109,11 @@ class RowPages:
             covered = boundary.covered_end(layout, layer, end)
             self.ready[layer] = max(self.ready[layer], covered)
 
-    def cut(self, lengths: Sequence[int], n_tokens: int) -> None:
-        """Release the pages that hold no row before token `n_tokens`; layers had `lengths`."""
+    def cut(self, n_tokens: int) -> None:
+        """Release the pages that hold no row before token `n_tokens`."""
         kept = [n_tokens] * self.layout.n_layers
+        pages = boundary.pages_of(self.layout, self.ready)
         self.ready[:] = kept
-        pages = boundary.pages_of(self.layout, lengths)
         self.release(boundary.subtract(pages, boundary.pages_of(self.layout, kept)))
 
     def release(self, spans: list[Span]) -> None:
@@ -155,6 +153,6 @@ class RowPages:
                 if not window.is_private(span.start, span.nbytes):
                     raise InvariantError(f"layer {layer}: {span} is ready but not private")
         runs = [Span(run.offset, run.offset + run.nbytes) for run in window.runs()]
-        expected = [*boundary.pages_of(layout, lengths), *self.surplus]
+        expected = [*boundary.pages_of(layout, self.ready), *self.surplus]
         if boundary.page_spans(layout, runs) != boundary.page_spans(layout, expected):
             raise InvariantError(f"{runs} are committed for rows {lengths}, not {expected}")

@@ -43,7 +43,8 @@ class Sequence:
 
     Made by `KVCache.sequence` or `fork`.  One thread at a time may change it (append, truncate,
     fork, close); any number may read.  After ``os.fork()`` the child process can read and close it
-    but not change it.
+    but not change it, and read only what the parent keeps: rows that it truncates or closes
+    meanwhile read as zeros, or as what came in their place.
 
     Parameters
     ----------
@@ -239,11 +240,21 @@ class Sequence:
 
     def _rows(self, layer: int, kv: int, start: int, end: int | None) -> npt.NDArray[Any]:
         self._check_open()
-        return views.row_array(self._window, self._layout, self._lengths, (layer, kv), (start, end))
+        while True:
+            lengths = self._lengths
+            array = views.row_array(self._window, self._layout, lengths, (layer, kv), (start, end))
+            if start + len(array) <= self._lengths[layer]:
+                return array
+            del array  # the writer cut the rows before this view could tell it not to
 
     def _blocks(self, layer: int, kv: int) -> npt.NDArray[Any]:
         self._check_open()
-        return views.block_array(self._window, self._layout, self._lengths, (layer, kv))
+        while True:
+            lengths = list(self._lengths)
+            array = views.block_array(self._window, self._layout, lengths, (layer, kv))
+            if lengths[layer] <= self._lengths[layer]:
+                return array
+            del array
 
     # --- changing its length ------------------------------------------------------------------
 
@@ -264,11 +275,12 @@ class Sequence:
         """
         self._check_writable()
         length = self._equal_length("truncate")
+        n_tokens = operator.index(n_tokens)
         if not 0 <= n_tokens <= length:
             raise PageBoundaryError(
                 f"cannot truncate to {n_tokens} tokens: the sequence holds {length}"
             )
-        self._cut(operator.index(n_tokens))
+        self._cut(n_tokens)
 
     def rollback(self) -> None:
         """Drop the rows that not all layers hold, so that the layers are of equal length again.
@@ -284,17 +296,20 @@ class Sequence:
         self._cut(min(self._lengths))
 
     def _cut(self, n_tokens: int) -> None:
+        # Shorten first, look at the views then: a reader makes its view first and looks at the
+        # lengths then, so that one of the two notices the other.
+        lengths = self._lengths
+        self._lengths = [n_tokens] * self._layout.n_layers
         reach = self._window.highest_mark()
         if reach > n_tokens:
+            self._lengths = lengths
             raise BufferError(
                 f"cannot drop rows from token {n_tokens} on: a live array reaches to token "
                 f"{reach}; delete what k() and v() returned first"
             )
-        lengths = self._lengths
-        self._lengths = [n_tokens] * self._layout.n_layers
         if n_tokens < self._branch.start:
             self._branch = self._branch.split(n_tokens)
-        self._pages.cut(lengths, n_tokens)
+        self._pages.cut(n_tokens)
 
     def fork(self) -> Sequence:
         """Return a second sequence with the same rows, which shares all pages with this one.
@@ -369,8 +384,12 @@ class Sequence:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, exc_type: object, *exc_info: object) -> None:
+        try:
+            self.close()
+        except BufferError:
+            if exc_type is None:  # else what the block raised matters more, and holds the arrays
+                raise
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

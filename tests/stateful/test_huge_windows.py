@@ -119,6 +119,29 @@ def test_the_first_read_of_shared_huge_pages_takes_a_fault_each(store):
     window.close()
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_huge_page_is_collapsed_when_the_last_of_its_pages_comes(store, step):
+    commit_in_huge_pages(first := Window(store, HUGE_BYTES), HUGE_BYTES)
+    first.close()
+    window, child = Window(store, 3 * HUGE_BYTES), Window(store, 3 * HUGE_BYTES)
+    for unit in range(0, 24, step):
+        window.commit(unit * UNIT_BYTES, step * UNIT_BYTES)
+        twin = np.frombuffer(
+            window.view(unit * UNIT_BYTES, step * UNIT_BYTES, writable=True), np.uint8
+        )
+        twin[:] = unit
+        del twin
+    child.share_from(window, 0, 3 * HUGE_BYTES)
+    faults_before = minor_faults()
+    seen = np.frombuffer(child.view(0, 3 * HUGE_BYTES), np.uint8)[:: mmap.PAGESIZE].copy()
+    assert minor_faults() - faults_before < 64
+    units = np.arange(24).repeat(UNIT_BYTES // mmap.PAGESIZE)
+    assert (seen == units // step * step).all()
+    assert store.held_bytes == store.committed_bytes == 3 * HUGE_BYTES
+    child.close()
+    window.close()
+
+
 @pytest.mark.parametrize("skip", range(4))
 def test_refused_huge_pages_become_base_pages(store, skip):
     window = Window(store, 2 * HUGE_BYTES)

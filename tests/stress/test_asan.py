@@ -1,6 +1,7 @@
 """Under AddressSanitizer, a use after free of a slot or run ends the process with a report."""
 
 import ctypes
+import signal
 import subprocess
 import sys
 
@@ -36,4 +37,5 @@ def test_use_after_free_is_reported(nbytes):
     )
     assert run.returncode != 0
     assert "not caught" not in run.stdout
-    assert "use-after-poison" in run.stderr or "SEGV" in run.stderr
+    # A large run is unmapped when freed: the hardware catches that, and ASan lets the signal pass.
+    assert "use-after-poison" in run.stderr or run.returncode == -signal.SIGSEGV

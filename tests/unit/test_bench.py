@@ -1,12 +1,16 @@
 """The dispatcher of the benchmarks; what they measure is measured by ``python -m bench NAME``."""
 
 import json
+import mmap
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pagealloc import ExtentStore, Window, huge_page_size_bytes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -43,6 +47,26 @@ def test_a_wrong_call(arguments, message):
     assert message in result.stderr
 
 
+@pytest.mark.timing
+def test_a_fork_is_ten_times_as_fast_as_a_cold_copy(tmp_path):
+    """With the first read of every page; however the parent was filled."""
+    path = tmp_path / "fork.json"
+    bench("fork", "--rounds", "9", "--json", str(path))
+    bars = json.loads(path.read_text())["bars"]
+    if not all(bar["holds"] for bar in bars) and not huge_pages_are_collapsed():
+        pytest.skip("without huge pages on a memfd the kernel enters every page for itself")
+    assert all(bar["holds"] for bar in bars), bars
+
+
+def huge_pages_are_collapsed():
+    """Whether this kernel backs a memfd by huge pages when asked."""
+    with ExtentStore() as store, Window(store, 4 * huge_page_size_bytes()) as window:
+        faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        window.commit(0, window.nbytes)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before
+        return faults < window.nbytes // mmap.PAGESIZE // 4
+
+
 @pytest.mark.benchmark
 def test_a_report(tmp_path):
     path = tmp_path / "new" / "fork.json"
@@ -51,6 +75,6 @@ def test_a_report(tmp_path):
     assert "warm copy" in result.stdout
     report = json.loads(path.read_text())
     assert {"date", "cpu", "kernel", "versions"} <= report["machine"].keys()
-    assert [bar["limit"] for bar in report["bars"]] == [10, 64]
-    assert report["bars"][1]["holds"]
+    assert [bar["limit"] for bar in report["bars"]] == [10, 10, 64]
+    assert report["bars"][2]["holds"]
     assert result.returncode == (0 if all(bar["holds"] for bar in report["bars"]) else 1)

@@ -96,6 +96,7 @@ class TestCosts:
         assert "mappings" not in text(memory_bytes=1 << 30)
 
     def test_a_window_holds_what_the_plan_says(self):
+        from pagealloc import page_size_bytes
         from pagealloc.kv import KVCache, KVLayout
 
         cache = KVCache(KVLayout(4, 2, 32, 256))
@@ -107,7 +108,7 @@ class TestCosts:
             context_tokens=256,
             used_tokens=100,
             shared_tokens=0,
-            page_bytes=os.sysconf("SC_PAGE_SIZE"),
+            page_bytes=page_size_bytes(),
         )
         planned = costs(asked)["paged float16"].sequence_bytes
         assert cache.stats().file_bytes == planned

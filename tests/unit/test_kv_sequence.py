@@ -479,7 +479,9 @@ def test_tokens_outside_the_rows(order, tokens):
         seq = cache.sequence()
         append_rows(seq, make_rows(10))
         for read in (seq.k, seq.v):
-            with pytest.raises(PageBoundaryError, match="outside the 10 committed rows"):
+            with pytest.raises(
+                PageBoundaryError, match=r"outside the 10 committed rows|start 5 lies behind end 4"
+            ):
                 read(1, *tokens)
 
 

@@ -1,0 +1,147 @@
+"""A writer, readers, and who closes: any two of them at once end in rows or in a clear error."""
+
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from pagealloc.errors import ClosedError
+from pagealloc.kv import KVCache, KVLayout
+
+N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 64
+ORDERS = ["interleaved", "split", "block"]
+
+
+@pytest.fixture
+def hasty():
+    """Threads change places as often as Python allows."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def make_cache(order, max_tokens=512):
+    return KVCache(KVLayout(N_LAYERS, N_HEADS, HEAD_DIM, max_tokens, order=order, block_tokens=4))
+
+
+def token(number):
+    return np.full((N_LAYERS, 2, N_HEADS, HEAD_DIM), number, np.float16)
+
+
+@pytest.mark.parametrize("closer", ["sequence", "cache"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_closing_while_another_thread_appends(hasty, order, closer):
+    def append(sequence, started):
+        started.set()
+        try:
+            for number in range(512):
+                sequence.append_token(token(number))
+        except ClosedError:
+            pass
+
+    for _ in range(60):
+        cache = make_cache(order)
+        sequence = cache.sequence()
+        started = threading.Event()
+        thread = threading.Thread(target=append, args=(sequence, started))
+        thread.start()
+        started.wait()
+        {"sequence": sequence, "cache": cache}[closer].close()
+        thread.join()
+        cache.close()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_reader_sees_rows_that_the_writer_took_back(hasty, order):
+    """An array stays as it was when it was made, though the writer truncates and writes anew."""
+    cache = make_cache(order)
+    sequence = cache.sequence()
+    failures, stop = [], threading.Event()
+    for number in range(40):
+        sequence.append_token(token(number))
+
+    def read():
+        while not stop.is_set():
+            if order == "block":  # the array does not say which of its last rows are valid
+                rows = sequence.k_blocks(1).reshape(-1, N_HEADS, HEAD_DIM)[:10]
+            else:
+                rows = sequence.k(1)
+            before = rows[:, 0, 0].copy()
+            time.sleep(0)
+            after = rows[:, 0, 0].copy()
+            if not (before == after).all() or not (before[:10] == np.arange(10)).all():
+                failures.append((before, after))
+            del rows
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    end = time.monotonic() + 1.5
+    generation = 0
+    while time.monotonic() < end and not failures:
+        try:
+            sequence.truncate(10)
+        except BufferError:
+            continue
+        generation += 1
+        for number in range(10, 40):
+            sequence.append_token(token(number + 100 * (generation % 2)))
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not failures, failures[0]
+    assert generation > 0
+    cache.check()
+    cache.close()
+
+
+class Interrupted(BaseException):
+    """As a KeyboardInterrupt is: no Exception."""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_interrupt_during_an_append_loses_no_page(order):
+    def interrupt(*_):
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    rows = np.ones((4096, 8, 128), np.float16)
+    layout = KVLayout(n_layers=2, n_kv_heads=8, head_dim=128, max_tokens=8192, order=order)
+    n_interrupted = 0
+    try:
+        for step in range(12):
+            cache = KVCache(layout)
+            sequence = cache.sequence()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + step * 0.0007)
+                sequence.append(0, rows, rows)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupted:
+                n_interrupted += 1
+            cache.check()
+            sequence.rollback()
+            assert cache.stats().committed_bytes == 0
+            cache.close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    if not n_interrupted:
+        pytest.skip("every append was quicker than the timer")
+
+
+@pytest.mark.parametrize("order", ["interleaved", "block"])
+def test_leaving_with_an_exception_lets_it_through(order):
+    def fail():
+        with make_cache(order) as cache, cache.sequence() as sequence:
+            sequence.append_token(token(1))
+            arrays.append(sequence.k_blocks(0) if order == "block" else sequence.k(0))
+            raise KeyError("what the user must see")
+
+    arrays = []
+    with pytest.raises(KeyError, match="what the user must see"):
+        fail()
+    assert arrays[0].ravel()[0] == 1
