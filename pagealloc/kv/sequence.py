@@ -29,6 +29,8 @@ from pagealloc.kv.row_pages import RowPages
 from pagealloc.units import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from pagealloc.kv.cache import KVCache
@@ -239,20 +241,33 @@ class Sequence:
         return self._blocks(layer, 1)
 
     def _rows(self, layer: int, kv: int, start: int, end: int | None) -> npt.NDArray[Any]:
-        self._check_open()
-        while True:
-            lengths = self._lengths
-            array = views.row_array(self._window, self._layout, lengths, (layer, kv), (start, end))
-            if start + len(array) <= self._lengths[layer]:
-                return array
-            del array  # the writer cut the rows before this view could tell it not to
+        return self._read(
+            lambda lengths: views.row_array(
+                self._window, self._layout, lengths, (layer, kv), (start, end)
+            )
+        )
 
     def _blocks(self, layer: int, kv: int) -> npt.NDArray[Any]:
-        self._check_open()
+        return self._read(
+            lambda lengths: views.block_array(self._window, self._layout, lengths, (layer, kv))
+        )
+
+    def _read(self, make_array: Callable[[list[int]], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Make an array over rows that the writer does not cut at the same time.
+
+        Appending changes `_lengths` in place, cutting puts another list in its place.  Once the
+        array is made, its view keeps the writer from cutting what it covers.
+        """
         while True:
-            lengths = list(self._lengths)
-            array = views.block_array(self._window, self._layout, lengths, (layer, kv))
-            if lengths[layer] <= self._lengths[layer]:
+            self._check_open()
+            lengths = self._lengths
+            try:
+                array = make_array(lengths)
+            except PageBoundaryError:
+                if self._lengths is lengths:
+                    raise
+                continue  # the pages went while we looked
+            if self._lengths is lengths:
                 return array
             del array
 
