@@ -30,7 +30,8 @@ from pagealloc.core.buffer import Buffer
 from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats
 from pagealloc.core.extents import ExtentStats, ExtentStore
 from pagealloc.core.os_memory import huge_page_size_bytes, page_size_bytes
-from pagealloc.core.window import Run, Window, WindowView
+from pagealloc.core.window import Run, Window
+from pagealloc.core.window_view import WindowView
 from pagealloc.errors import (
     BackingUnavailableError,
     ClosedError,

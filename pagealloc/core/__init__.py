@@ -32,7 +32,8 @@ this by reading the table below)::
     5  huge_pages      whole huge pages of a window backed by huge pages, where the kernel can
     6  remap           commit, share, make_private, release: all or nothing
     6  extents         ExtentStore: the Python face of one memfd
-    7  window          Window: the Python face of one address range
+    7  window_view     WindowView: a range of a window, exported through the buffer protocol
+    8  window          Window: the Python face of one address range
 
 Everything below the Buffer is nogil and reports failure by NULL or a code; Python exceptions
 are raised at the Python boundary only.

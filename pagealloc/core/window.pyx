@@ -2,8 +2,7 @@
 """Window: one contiguous address range over an extent store.
 
 Purpose
-    The Python face of `window_pages`: checks arguments, turns codes into exceptions, exports
-    memory through the buffer protocol.
+    The Python face of `window_pages`: checks arguments, turns codes into exceptions.
 Structure
     Window -> window_t (window_pages) -> extents of its ExtentStore -> memfd
     WindowView -> Window -> ExtentStore     each keeps the next alive, so they die in this order
@@ -26,13 +25,10 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 from pagealloc.core.extent_pages cimport (
-    STORE_FORKED,
-    store_is_frozen,
     store_leave,
     view_t,
     window_t,
 )
-from pagealloc.core.export cimport fill_buffer
 from pagealloc.core.extents cimport ExtentStore
 from pagealloc.core.os_memory cimport os_huge_page_bytes, os_page_bytes
 from pagealloc.core.remap cimport (
@@ -49,14 +45,13 @@ from pagealloc.core.window_pages cimport (
     WINDOW_VIEWED,
     page_use_t,
     window_abandon,
-    window_add_view,
     window_broken_invariant,
     window_close,
     window_is_private,
     window_open,
-    window_remove_view,
     window_uses,
 )
+from pagealloc.core.window_view cimport WindowView
 
 from pagealloc.errors import ClosedError, InvariantError, PageBoundaryError
 from pagealloc.units import format_bytes, parse_bytes
@@ -293,7 +288,25 @@ cdef class Window:
             `writable`, and another window maps a page of the range: call `make_private` first.
         ClosedError, ForkedError
         """
-        return WindowView(self, offset, nbytes, writable=writable, mark=mark, holes=holes)
+        cdef int64_t first_page = 0, n_pages = 0
+        cdef WindowView view = WindowView.__new__(WindowView)
+        cdef int code
+        offset = PyNumber_Index(offset)
+        nbytes = PyNumber_Index(nbytes)
+        self.find(offset, nbytes, False, &first_page, &n_pages)
+        if holes != "refused" and holes != "allowed":
+            raise ValueError(f"holes={holes!r} is neither 'refused' nor 'allowed'")
+        if mark < 0:
+            raise ValueError(f"mark={mark} must not be negative")
+        view.entry.offset_bytes = offset
+        view.entry.nbytes = nbytes
+        view.entry.mark = PyNumber_Index(mark)
+        view.entry.is_writable = writable
+        view.entry.may_have_holes = holes == "allowed"
+        code = view.attach(self, self.store, self.pages, first_page, n_pages)
+        if code:
+            self.require(code, "view", offset, nbytes)
+        return view
 
     def highest_mark(self) -> int:
         """Return the largest mark of the live views; -1 if there are none."""
@@ -476,100 +489,3 @@ cdef class Window:
         if code == WINDOW_VIEWED:
             raise BufferError(f"{what}: live views forbid it; let go of the arrays made from them")
         return self.store.require(code, what, 0)
-
-
-@cython.final
-@cython.no_gc
-cdef class WindowView:
-    """Bytes of a window, for the buffer protocol: ``np.frombuffer(view)``, ``memoryview(view)``.
-
-    Made by `Window.view`, which says what the arguments mean.  Whatever was made from it keeps it
-    alive, and it keeps the window open.  Thread-safe.
-    """
-
-    def __cinit__(
-        self,
-        Window window not None,
-        offset: int,
-        nbytes: int,
-        *,
-        writable: bool = False,
-        mark: int = 0,
-        holes: str = "refused",
-    ):
-        cdef int64_t first_page = 0, n_pages = 0
-        cdef int code
-        offset = PyNumber_Index(offset)
-        nbytes = PyNumber_Index(nbytes)
-        window.find(offset, nbytes, False, &first_page, &n_pages)
-        if holes != "refused" and holes != "allowed":
-            raise ValueError(f"holes={holes!r} is neither 'refused' nor 'allowed'")
-        if mark < 0:
-            raise ValueError(f"mark={mark} must not be negative")
-        self.view.offset_bytes = offset
-        self.view.nbytes = nbytes
-        self.view.mark = PyNumber_Index(mark)
-        self.view.is_writable = writable
-        self.view.may_have_holes = holes == "allowed"
-        window.store.lock()
-        if self.view.is_writable and store_is_frozen(window.pages.store):
-            code = STORE_FORKED
-        else:
-            code = window_add_view(window.pages, &self.view, first_page, n_pages)
-        store_leave(window.pages.store)
-        if code:
-            window.require(code, "view", offset, nbytes)
-        self.window = window    # from here on its death takes it from the window's list
-
-    def __dealloc__(self):
-        if self.window is not None:
-            self.window.store.lock()
-            window_remove_view(self.window.pages, &self.view)
-            store_leave(self.window.pages.store)
-
-    def __getbuffer__(self, Py_buffer *buffer, int flags):
-        fill_buffer(
-            buffer, self, self.window.pages.address + self.view.offset_bytes, self.view.nbytes,
-            not self.view.is_writable, flags,
-        )
-
-    def __releasebuffer__(self, Py_buffer *buffer):
-        pass    # the view itself is the export
-
-    @property
-    def address(self) -> int:
-        """Where it starts in memory."""
-        return <uintptr_t>(self.window.pages.address + self.view.offset_bytes)
-
-    @property
-    def offset(self) -> int:
-        """Where it starts in the window."""
-        return self.view.offset_bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Its length."""
-        return self.view.nbytes
-
-    @property
-    def readonly(self) -> bool:
-        """False if it may be written."""
-        return not self.view.is_writable
-
-    @property
-    def mark(self) -> int:
-        """The number given to `Window.view`."""
-        return self.view.mark
-
-    def __len__(self) -> int:
-        return self.view.nbytes
-
-    def __reduce_ex__(self, protocol: int):
-        raise TypeError("a WindowView is memory of this process: it cannot be pickled or copied")
-
-    def __repr__(self) -> str:
-        kind = "writable" if self.view.is_writable else "read-only"
-        return (
-            f"<WindowView of {format_bytes(self.view.nbytes)} at offset "
-            f"{self.view.offset_bytes}, {kind}, mark {self.view.mark}>"
-        )

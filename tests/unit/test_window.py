@@ -13,7 +13,8 @@ import pytest
 
 from pagealloc.core.extents import ExtentStore
 from pagealloc.core.os_memory import huge_page_size_bytes, page_size_bytes, refuse, refusing
-from pagealloc.core.window import Window, WindowView
+from pagealloc.core.window import Window
+from pagealloc.core.window_view import WindowView
 from pagealloc.errors import ClosedError, OutOfMemoryError, PageBoundaryError
 
 PAGE = page_size_bytes()
@@ -454,6 +455,12 @@ def test_a_view_wants_a_window():
         WindowView()
     with pytest.raises(TypeError):
         WindowView(None, 0, 1)
+    made_by_nobody = WindowView.__new__(WindowView)
+    with pytest.raises(TypeError, match=r"made by Window\.view"):
+        memoryview(made_by_nobody)
+    with pytest.raises(TypeError, match=r"made by Window\.view"):
+        _ = made_by_nobody.address
+    assert (len(made_by_nobody), made_by_nobody.window) == (0, None)
 
 
 @pytest.mark.parametrize("name", CHANGES)
