@@ -29,10 +29,24 @@ class OutOfMemoryError(PageallocError, MemoryError):
 
 
 class BackingUnavailableError(OutOfMemoryError, OSError):
-    """The backing asked for by name (``"hugetlb"``, ``"thp"``) cannot be had on this machine."""
+    """The backing asked for by name (``"hugetlb"``, ``"thp"``) cannot be had on this machine.
+
+    Parameters
+    ----------
+    error : int
+        The errno value.
+    message : str
+        What was asked, why it cannot be had, and what would help.
+    """
+
+    def __init__(self, error: int, message: str) -> None:
+        super().__init__(error, message)
+        # MemoryError comes first among the bases, so OSError has not read its arguments.
+        self.errno = error
+        self.strerror = message
 
     def __str__(self) -> str:
-        return self.strerror or super().__str__()
+        return str(self.args[1])
 
 
 class PageBoundaryError(PageallocError, IndexError):

@@ -92,7 +92,15 @@ class RowPages:
             if self.has_shared:
                 for span in wanted:
                     window.make_private(span.start, span.nbytes)
-        except BaseException as error:
+            if self.surplus:
+                self.surplus = boundary.subtract(self.surplus, wanted)
+            if in_blocks:
+                block_start = first - first % layout.block_tokens
+                layers = [layer for layer, length in enumerate(lengths) if length >= block_start]
+            for layer in layers:
+                covered = boundary.covered_end(layout, layer, end)
+                self.ready[layer] = max(self.ready[layer], covered)
+        except BaseException as error:  # an interrupt, too, may come between any two lines
             self.release(boundary.subtract(wanted, boundary.pages_of(layout, self.ready)))
             if not isinstance(error, OutOfMemoryError):
                 raise
@@ -100,14 +108,6 @@ class RowPages:
                 f"tokens {first} to {end - 1} of {len(layers)} layers do not fit: {error}; this "
                 f"sequence is as it was"
             ) from error
-        if self.surplus:
-            self.surplus = boundary.subtract(self.surplus, wanted)
-        if in_blocks:
-            block_start = first - first % layout.block_tokens
-            layers = [layer for layer, length in enumerate(lengths) if length >= block_start]
-        for layer in layers:
-            covered = boundary.covered_end(layout, layer, end)
-            self.ready[layer] = max(self.ready[layer], covered)
 
     def cut(self, n_tokens: int) -> None:
         """Release the pages that hold no row before token `n_tokens`."""

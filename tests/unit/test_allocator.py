@@ -4,6 +4,7 @@ import errno
 import itertools
 import mmap
 import os
+import pickle
 import random
 import resource
 import threading
@@ -473,8 +474,14 @@ def test_hugetlb_without_a_pool_names_the_command():
     if NR_HUGEPAGES.exists() and int(NR_HUGEPAGES.read_text()):
         pytest.skip("huge pages are reserved here")
     allocator = PageAllocator(backing="hugetlb")
-    with pytest.raises(BackingUnavailableError, match=r"sysctl vm.nr_hugepages=32"):
+    with pytest.raises(BackingUnavailableError, match=r"sysctl vm.nr_hugepages=32") as caught:
         allocator.alloc(1)
+    assert str(caught.value).startswith("asked for 1 bytes")
+    assert caught.value.errno == errno.ENOMEM
+    assert isinstance(caught.value, MemoryError)
+    assert isinstance(caught.value, OSError)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == str(caught.value)
     allocator.check()
 
 
