@@ -17,7 +17,7 @@ from pagealloc.errors import BackingUnavailableError, OutOfMemoryError
         (ValueError("--ctx must be at least 1"), 2),
         (CommandError("install it"), 1),
         (OutOfMemoryError("asked for 4 KiB"), 1),
-        (BackingUnavailableError("no hugetlb here"), 1),
+        (BackingUnavailableError(12, "no hugetlb here"), 1),
         (FileNotFoundError(2, "No such file or directory", "x.gguf"), 1),
     ],
 )
