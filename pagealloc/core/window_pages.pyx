@@ -133,7 +133,8 @@ cdef int window_close(window_t *window) noexcept nogil:
             return code
     store_remove_window(store, window)
     store_count_mappings(store, -window.n_mappings)
-    window.is_closed = True
+    if not window.is_closed:    # Window.close() has set it, for those who look with the GIL held
+        window.is_closed = True
     window.address = NULL
     if not store_is_frozen(store):  # else the pages are the parent's
         for i in range(window.sources.n_runs):
