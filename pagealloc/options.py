@@ -52,6 +52,13 @@ OPTIONS = {
             "PAGEALLOC_PAGE_BYTES",
             "For tests: work in pages larger than the machine's; unset: the machine's.",
         ),
+        Option(
+            "barrier",
+            "1",
+            "0 or 1",
+            "PAGEALLOC_BARRIER",
+            "For tests: 0 does without membarrier, as where the kernel has none.",
+        ),
     )
 }
 

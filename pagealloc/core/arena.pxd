@@ -13,6 +13,8 @@ cdef enum:                      # beside errno values, which are positive
     ERROR_BUDGET = -1
     ERROR_NO_HUGE_PAGES = -2    # the backing asked for by name cannot be had
     ERROR_ALIGNMENT = -3        # hugetlb memory starts on a huge page, and on nothing larger
+    ERROR_GROWTH = -4           # it takes a new arena, and that was not allowed
+    ERROR_RETRY = -5            # the size class has become that of another size meanwhile
 
 cdef struct arena_t:
     char *address

@@ -14,11 +14,18 @@ Units
 """
 
 cimport cython
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport uint32_t, uintptr_t
 
 from pagealloc.core.export cimport fill_buffer
-from pagealloc.core.heap cimport heap_alloc, heap_free, heap_t
+from pagealloc.core.heap cimport (
+    FREE_SLOW,
+    heap_alloc_fast,
+    heap_alloc_slow,
+    heap_free_fast,
+    heap_free_slow,
+)
 from pagealloc.core.heap_owner cimport Heap
+from pagealloc.core.heap_state cimport heap_t
 from pagealloc.core.page_heap cimport FREED
 
 from pagealloc.errors import ClosedError
@@ -27,6 +34,7 @@ from pagealloc.units import format_bytes
 
 @cython.final
 @cython.no_gc_clear
+@cython.freelist(256)
 cdef class Buffer:
     """Memory of an allocator: `PageAllocator.alloc` makes one, `close()` or the last reference
     gives it back.
@@ -101,13 +109,17 @@ cdef class Buffer:
         """Give the memory back: the heap's answer."""
         cdef heap_t *heap = self.owner.heap     # open, for this memory is live in it
         cdef char *memory = self.memory
+        cdef uint32_t size_class
         cdef int outcome
         self.memory = NULL
-        self.owner.forget_lost_calls()
-        self.owner.n_calls += 1
-        with nogil:
-            outcome = heap_free(heap, memory)
-        self.owner.leave()
+        outcome = heap_free_fast(heap, memory, &size_class)
+        if outcome == FREE_SLOW:
+            self.owner.forget_lost_calls()
+            self.owner.n_calls += 1
+            with nogil:
+                heap_free_slow(heap, memory, size_class)
+            self.owner.leave()
+            outcome = FREED
         return outcome
 
     def __getbuffer__(self, Py_buffer *view, int flags):
@@ -146,17 +158,25 @@ cdef Buffer new_buffer(Heap heap, size_t nbytes, size_t align_bytes):
     """Allocate and wrap; raises what `Heap.refusal` says if refused."""
     # The object first: once the memory is had, nothing may fail before it has an owner.
     cdef Buffer buffer = Buffer.__new__(Buffer)
+    buffer.owner = heap
+    buffer.nbytes = nbytes
+    buffer.memory = heap_alloc_fast(heap.open_heap(), nbytes, align_bytes)
+    if buffer.memory == NULL:
+        fill_slow(buffer, heap, nbytes, align_bytes)
+    return buffer
+
+
+cdef int fill_slow(Buffer buffer, Heap heap, size_t nbytes, size_t align_bytes) except -1:
+    """Let go of the GIL while the kernel may have to work."""
     cdef heap_t *c_heap = heap.enter()
     cdef bint fresh = False
     cdef int error = 0
-    buffer.owner = heap
-    buffer.nbytes = nbytes
     with nogil:
-        buffer.memory = heap_alloc(c_heap, nbytes, align_bytes, &fresh, &error)
+        buffer.memory = heap_alloc_slow(c_heap, nbytes, align_bytes, &fresh, &error)
     buffer.fresh = fresh
     try:
         if buffer.memory == NULL:
             raise heap.refusal(nbytes, align_bytes, error)
     finally:
         heap.leave()
-    return buffer
+    return 0

@@ -1,37 +1,53 @@
-"""The central list of one size class: slabs of equal slots."""
+"""The central list of one size class: free blocks that no thread holds."""
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t
 
 from pagealloc.core.mutex cimport mutex_t
 from pagealloc.core.page_heap cimport page_heap_t
-from pagealloc.core.page_run cimport run_t
+from pagealloc.core.slabs cimport slabs_t
 
-cdef struct slab_t:
-    run_t *run
-    void *central           # its central_t
-    slab_t *next            # among the partial slabs, or the unused descriptors
-    slab_t *previous
-    uint32_t n_free
-    uint32_t first_word     # no bit is set in the words before it
-    uint64_t *free_bits     # a bit a slot: it can be handed out, so freeing it again is caught
+cdef extern from * nogil:
+    int count_trailing_zeros "__builtin_ctzll"(unsigned long long bits)
 
 cdef struct central_t:
     mutex_t mutex
     page_heap_t *pages
-    uint32_t slot_bytes
-    uint32_t n_slots_per_page
-    uint32_t n_slots        # of a slab
-    int64_t slab_pages
+    uint16_t size_class
+    # What the class is.  It changes only while nothing is out (see central_reuse).
+    size_t block_bytes
+    size_t align_bytes
+    int64_t run_pages       # of a class of runs; 0: slots
+    int64_t key             # run_key() of these; 0: slots; atomic
     # All below: guarded by `mutex`.
-    slab_t *partial         # slabs with a free slot and a live one; the one freed into first
-    slab_t *empty           # at most one wholly free slab, kept so that a lone slot is cheap
-    slab_t *unused          # descriptors; never given back while the heap lives
-    int64_t n_slabs
-    int64_t n_live
+    slabs_t slabs           # of a class of slots
+    char **idle             # a stack: the last one in is the first one out
+    int64_t n_idle
+    int64_t idle_capacity
+    int64_t max_idle        # beyond it, blocks go back at once
+    int64_t n_out           # blocks taken from the page heap or the slabs; atomic to read
+    int64_t n_unused        # least n_idle since the last collection: these nobody has needed
+    int64_t n_victims       # of these, how many sat unused during the collection before as well
 
-cdef void central_init(central_t *central, page_heap_t *pages, uint32_t slot_bytes) noexcept nogil
+cdef void central_init_slots(
+    central_t *central, page_heap_t *pages, uint16_t size_class, uint32_t slot_bytes
+) noexcept nogil
+cdef void central_init_runs(
+    central_t *central, page_heap_t *pages, uint16_t size_class, int64_t key
+) noexcept nogil
+cdef bint central_reuse(central_t *central, int64_t key) noexcept nogil
 cdef void central_destroy(central_t *central) noexcept nogil
-cdef char *central_alloc(central_t *central, int *error) noexcept nogil
-cdef int central_free(slab_t *slab, char *address) noexcept nogil
+cdef int64_t central_take(
+    central_t *central, int64_t key, char **blocks, int64_t n, bint may_grow, bint *fresh,
+    int *error
+) noexcept nogil
+cdef void central_put(central_t *central, char *const *blocks, int64_t n) noexcept nogil
+cdef void central_give_back(central_t *central, char *const *blocks, int64_t n) noexcept nogil
+cdef void central_drain(central_t *central) noexcept nogil
+cdef void central_collect(central_t *central) noexcept nogil
 cdef void central_trim(central_t *central) noexcept nogil
 cdef const char *central_check(central_t *central) noexcept nogil
+
+
+cdef inline int64_t run_key(int64_t run_pages, size_t align_bytes) noexcept nogil:
+    """What a class of runs is, in one number: its pages, and the power of two it is aligned to."""
+    return run_pages << 6 | count_trailing_zeros(align_bytes)

@@ -1,276 +1,278 @@
-"""Slots of one size.
+"""The free blocks of one size class that no thread holds.
 
 Purpose
-    Cut page runs into equal slots, hand them out lowest slot first, give wholly free slabs back.
+    Pass blocks between threads in batches, so that a magazine is filled or emptied under one short
+    hold of a mutex; give back to the page heap what nobody needs.
 Structure
-    central --partial--> slab <-> slab <-> ...      slabs with a free slot and a live one
-            --empty----> slab                       at most one
-    slab:  run  | free_bits 0110...1      all outside the slots themselves
+    magazines <--batches--> idle[0 .. n_idle) <--> slabs (slots), or the page heap (runs)
+                             cold         hot
 Invariants
-    a slot never straddles a page: slot i starts at page i // n_slots_per_page of its run, at a
-    multiple of slot_bytes
-    n_free = popcount(free_bits); no bit before first_word is set; a slab's run leads back to it
-    n_live = sum(n_slots - n_free) over all slabs; full slabs are in no list
+    n_out = n_idle + blocks in magazines + live blocks
+    n_unused <= n_idle: the least n_idle since the last collection; idle[0 .. n_unused) was not
+    touched since
+    block_bytes = run_pages * page_bytes for runs
 Locking
-    `mutex` for everything; under it the page heap's mutex may be taken.
+    `mutex`; under it the page heap's for slots.  Runs are carved and merged outside of it: n_out
+    counts a run from before it is carved until after it is merged.
 Units
-    Slots; bytes where named.
+    Blocks; bytes and pages where named.
 """
 
-from libc.errno cimport ENOMEM
-from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uint32_t
+from libc.string cimport memcpy, memmove, memset
 
+from pagealloc.core.arena cimport ERROR_RETRY
+from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64, atomic_store_i64
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
+from pagealloc.core.os_memory cimport os_abandon, os_page_bytes, os_reserve
 from pagealloc.core.page_heap cimport (
-    FREED,
-    NOT_LIVE,
-    NOT_OURS,
     page_heap_alloc,
-    page_heap_free_slab,
+    page_heap_free,
+    page_heap_has_own_arena,
+    page_heap_t,
 )
-from pagealloc.core.page_run cimport RUN_SLAB
-from pagealloc.core.size_class cimport SLAB_BYTES
+from pagealloc.core.page_run cimport run_t
+from pagealloc.core.slabs cimport (
+    slabs_check,
+    slabs_destroy,
+    slabs_init,
+    slabs_put,
+    slabs_take,
+    slabs_trim,
+)
 
-cdef extern from "poison.h" nogil:
-    void poison "pagealloc_poison"(void *address, size_t nbytes)
-    void unpoison "pagealloc_unpoison"(void *address, size_t nbytes)
-
-cdef extern from * nogil:
-    int count_trailing_zeros "__builtin_ctzll"(uint64_t bits)
-    int popcount "__builtin_popcountll"(uint64_t bits)
+cdef enum:
+    PIECE = 64              # blocks given back at a time, between which others get the mutex
+    MAX_OWN_ARENAS_IDLE = 1     # an arena made for one request is kept warm, not hoarded
 
 
-cdef void central_init(central_t *central, page_heap_t *pages, uint32_t slot_bytes) noexcept nogil:
+cdef void central_init_slots(
+    central_t *central, page_heap_t *pages, uint16_t size_class, uint32_t slot_bytes
+) noexcept nogil:
     memset(central, 0, sizeof(central_t))
     mutex_init(&central.mutex, NULL)
     central.pages = pages
-    central.slot_bytes = slot_bytes
-    central.n_slots_per_page = <uint32_t>(pages.page_bytes // slot_bytes)
-    central.slab_pages = <int64_t>(SLAB_BYTES // pages.page_bytes)
-    if central.slab_pages == 0:
-        central.slab_pages = 1
-    central.n_slots = central.n_slots_per_page * <uint32_t>central.slab_pages
+    central.size_class = size_class
+    central.block_bytes = slot_bytes
+    central.max_idle = INT64_MAX
+    slabs_init(&central.slabs, pages, slot_bytes, size_class)
+
+
+cdef void central_init_runs(
+    central_t *central, page_heap_t *pages, uint16_t size_class, int64_t key
+) noexcept nogil:
+    memset(central, 0, sizeof(central_t))
+    mutex_init(&central.mutex, NULL)
+    central.pages = pages
+    central.size_class = size_class
+    set_key(central, key)
+
+
+cdef void set_key(central_t *central, int64_t key) noexcept nogil:
+    central.run_pages = key >> 6
+    central.align_bytes = <size_t>1 << (key & 63)
+    central.block_bytes = <size_t>central.run_pages * central.pages.page_bytes
+    central.max_idle = INT64_MAX
+    if page_heap_has_own_arena(central.pages, central.run_pages, central.align_bytes):
+        central.max_idle = MAX_OWN_ARENAS_IDLE
+    atomic_store_i64(&central.key, key)
+
+
+cdef bint central_reuse(central_t *central, int64_t key) noexcept nogil:
+    """Make this the class of other runs, if none of its own is out."""
+    cdef bint is_unused
+    mutex_lock(&central.mutex)
+    is_unused = atomic_load_i64(&central.n_out) == 0
+    if is_unused:
+        set_key(central, key)
+    mutex_unlock(&central.mutex)
+    return is_unused
 
 
 cdef void central_destroy(central_t *central) noexcept nogil:
-    """Free the descriptors; there may be no slab."""
-    cdef slab_t *slab
-    while central.unused != NULL:
-        slab = central.unused
-        central.unused = slab.next
-        free(slab)
+    """Free the tables; nothing may be out."""
+    slabs_destroy(&central.slabs)
+    drop_stack(central)
     mutex_destroy(&central.mutex)
 
 
 # ---------------------------------------------------------------------------------------------
-# Slabs, locked
+# The stack, locked
 
-cdef inline uint32_t n_words(const central_t *central) noexcept nogil:
-    return (central.n_slots + 63) // 64
-
-
-cdef inline char *slot_address(
-    const central_t *central, const slab_t *slab, uint32_t i
-) noexcept nogil:
-    return (
-        slab.run.address
-        + i // central.n_slots_per_page * <int64_t>central.pages.page_bytes
-        + i % central.n_slots_per_page * central.slot_bytes
-    )
+cdef void drop_stack(central_t *central) noexcept nogil:
+    if central.idle != NULL:
+        os_abandon(central.idle, <size_t>central.idle_capacity * sizeof(char *))
+    central.idle = NULL
+    central.idle_capacity = 0
 
 
-cdef slab_t *new_slab(central_t *central, int *error) noexcept nogil:
-    """Take a run from the page heap and make all its slots free."""
-    cdef slab_t *slab = central.unused
-    cdef uint32_t i
-    cdef bint fresh
-    if slab == NULL:
-        slab = <slab_t *>calloc(1, sizeof(slab_t) + n_words(central) * sizeof(uint64_t))
-        if slab == NULL:
-            error[0] = ENOMEM
-            return NULL
-        slab.central = central
-        slab.free_bits = <uint64_t *>(slab + 1)
-    else:
-        central.unused = slab.next
-    slab.run = page_heap_alloc(
-        central.pages, central.slab_pages, central.pages.page_bytes, RUN_SLAB, slab, &fresh, error
-    )
-    if slab.run == NULL:
-        slab.next = central.unused
-        central.unused = slab
-        return NULL
-    for i in range(n_words(central)):
-        slab.free_bits[i] = ~<uint64_t>0
-    if central.n_slots % 64:
-        slab.free_bits[central.n_slots // 64] = (<uint64_t>1 << (central.n_slots % 64)) - 1
-    slab.n_free = central.n_slots
-    slab.first_word = 0
-    central.n_slabs += 1
-    poison(slab.run.address, <size_t>central.slab_pages * central.pages.page_bytes)
-    return slab
+cdef bint make_room(central_t *central, int64_t n) noexcept nogil:
+    """Room for `n` more; False if the kernel has no memory for it."""
+    cdef int64_t capacity = central.idle_capacity
+    cdef char **idle
+    if central.n_idle + n <= capacity:
+        return True
+    if capacity == 0:
+        capacity = <int64_t>(os_page_bytes() // sizeof(char *))
+    while capacity < central.n_idle + n:
+        capacity *= 2
+    idle = <char **>os_reserve(<size_t>capacity * sizeof(char *), os_page_bytes())
+    if idle == NULL:
+        return False
+    memcpy(idle, central.idle, <size_t>central.n_idle * sizeof(char *))
+    drop_stack(central)
+    central.idle = idle
+    central.idle_capacity = capacity
+    return True
 
 
-cdef void drop_slab(central_t *central, slab_t *slab) noexcept nogil:
-    """Give a wholly free slab's run back."""
-    page_heap_free_slab(central.pages, slab.run)
-    slab.run = NULL
-    slab.next = central.unused
-    central.unused = slab
-    central.n_slabs -= 1
+cdef int64_t pop(central_t *central, char **blocks, int64_t n) noexcept nogil:
+    """Take up to `n` from the hot end; how many."""
+    if n > central.n_idle:
+        n = central.n_idle
+    central.n_idle -= n
+    memcpy(blocks, central.idle + central.n_idle, <size_t>n * sizeof(char *))
+    if central.n_unused > central.n_idle:
+        central.n_unused = central.n_idle
+    return n
 
 
-cdef void link_partial(central_t *central, slab_t *slab) noexcept nogil:
-    slab.previous = NULL
-    slab.next = central.partial
-    if slab.next != NULL:
-        slab.next.previous = slab
-    central.partial = slab
-
-
-cdef void unlink_partial(central_t *central, slab_t *slab) noexcept nogil:
-    if slab.next != NULL:
-        slab.next.previous = slab.previous
-    if slab.previous != NULL:
-        slab.previous.next = slab.next
-    else:
-        central.partial = slab.next
-
-
-cdef slab_t *take_empty(central_t *central, int *error) noexcept nogil:
-    """A wholly free slab, kept or new, put among the partial ones."""
-    cdef slab_t *slab = central.empty
-    if slab != NULL:
-        central.empty = NULL
-    else:
-        slab = new_slab(central, error)
-    if slab != NULL:
-        link_partial(central, slab)
-    return slab
+cdef int64_t pop_cold(central_t *central, char **blocks, int64_t n) noexcept nogil:
+    """Take up to `n` from the cold end; how many."""
+    if n > central.n_idle:
+        n = central.n_idle
+    memcpy(blocks, central.idle, <size_t>n * sizeof(char *))
+    central.n_idle -= n
+    memmove(central.idle, central.idle + n, <size_t>central.n_idle * sizeof(char *))
+    central.n_unused = central.n_unused - n if central.n_unused > n else 0
+    return n
 
 
 # ---------------------------------------------------------------------------------------------
 # What others call
 
-cdef char *central_alloc(central_t *central, int *error) noexcept nogil:
-    """A slot; NULL with ERROR_BUDGET or an errno value in `error` if none can be had."""
-    cdef slab_t *slab
-    cdef uint32_t word, i
-    cdef char *address = NULL
+cdef int64_t central_take(
+    central_t *central, int64_t key, char **blocks, int64_t n, bint may_grow, bint *fresh,
+    int *error
+) noexcept nogil:
+    """Fill in up to `n` blocks of the class that is `key`; how many.
+
+    0 with a code in `error` if none can be had: ERROR_RETRY if the class is another by now, else as
+    page_heap_alloc.  `fresh` is about the first block.
+    """
+    cdef int64_t n_taken
+    cdef run_t *run
+    fresh[0] = False
     error[0] = 0
     mutex_lock(&central.mutex)
-    slab = central.partial
-    if slab == NULL:
-        slab = take_empty(central, error)
-    if slab != NULL:
-        word = slab.first_word
-        while slab.free_bits[word] == 0:
-            word += 1
-        slab.first_word = word
-        i = word * 64 + <uint32_t>count_trailing_zeros(slab.free_bits[word])
-        slab.free_bits[word] &= slab.free_bits[word] - 1
-        slab.n_free -= 1
-        if slab.n_free == 0:
-            unlink_partial(central, slab)
-        central.n_live += 1
-        address = slot_address(central, slab, i)
-        unpoison(address, central.slot_bytes)
+    if central.key != key:
+        error[0] = ERROR_RETRY
+        n_taken = 0
+    elif central.n_idle:
+        n_taken = pop(central, blocks, n)
+    elif central.run_pages == 0:
+        n_taken = slabs_take(&central.slabs, blocks, n, may_grow, error)
+        atomic_add_i64(&central.n_out, n_taken)
+    else:
+        n_taken = 0
+        atomic_add_i64(&central.n_out, 1)
     mutex_unlock(&central.mutex)
-    return address
+    if n_taken or error[0]:
+        return n_taken
+    # One, not a batch: what nobody asked for would be committed.
+    run = page_heap_alloc(
+        central.pages, central.run_pages, central.align_bytes, central.size_class, NULL, may_grow,
+        fresh, error
+    )
+    if run == NULL:
+        atomic_add_i64(&central.n_out, -1)
+        return 0
+    blocks[0] = run.address
+    return 1
 
 
-cdef int central_free(slab_t *slab, char *address) noexcept nogil:
-    """Take a slot back: FREED, NOT_OURS for a place inside one, NOT_LIVE for one that is free."""
-    cdef central_t *central = <central_t *>slab.central
-    cdef int outcome
+cdef void central_put(central_t *central, char *const *blocks, int64_t n) noexcept nogil:
+    """Keep free blocks for whoever needs one next."""
+    cdef int64_t n_kept = n
     mutex_lock(&central.mutex)
-    outcome = take_back(central, slab, address)
+    if n_kept > central.max_idle - central.n_idle:
+        n_kept = central.max_idle - central.n_idle
+    if make_room(central, n_kept):
+        memcpy(central.idle + central.n_idle, blocks, <size_t>n_kept * sizeof(char *))
+        central.n_idle += n_kept
+    else:
+        n_kept = 0
     mutex_unlock(&central.mutex)
-    return outcome
+    if n_kept < n:
+        central_give_back(central, blocks + n_kept, n - n_kept)
 
 
-cdef int take_back(central_t *central, slab_t *slab, char *address) noexcept nogil:
-    cdef size_t page_bytes = central.pages.page_bytes
-    cdef size_t offset
-    cdef uint32_t in_page, i
-    # A slab that another thread has just emptied: its descriptor is unused, or leads elsewhere.
-    if slab.run == NULL or address < slab.run.address:
-        return NOT_LIVE
-    offset = <size_t>(address - slab.run.address)
-    if offset >= <size_t>central.slab_pages * page_bytes:
-        return NOT_LIVE
-    in_page = <uint32_t>(offset % page_bytes)
-    if in_page % central.slot_bytes or in_page // central.slot_bytes >= central.n_slots_per_page:
-        return NOT_OURS
-    i = <uint32_t>(offset // page_bytes) * central.n_slots_per_page + in_page // central.slot_bytes
-    if (slab.free_bits[i // 64] >> (i % 64)) & 1:
-        return NOT_LIVE
-    poison(address, central.slot_bytes)
-    slab.free_bits[i // 64] |= <uint64_t>1 << (i % 64)
-    if i // 64 < slab.first_word:
-        slab.first_word = i // 64
-    slab.n_free += 1
-    central.n_live -= 1
-    if slab.n_free == 1:
-        link_partial(central, slab)
-    if slab.n_free == central.n_slots:
-        unlink_partial(central, slab)
-        if central.empty == NULL:
-            central.empty = slab
-        else:
-            drop_slab(central, slab)
-    return FREED
+cdef void central_give_back(central_t *central, char *const *blocks, int64_t n) noexcept nogil:
+    """Let go of free blocks: slots to their slabs, runs to the page heap."""
+    if central.run_pages == 0:
+        mutex_lock(&central.mutex)
+        slabs_put(&central.slabs, blocks, n)
+        mutex_unlock(&central.mutex)
+    else:
+        page_heap_free(central.pages, blocks, n)
+    atomic_add_i64(&central.n_out, -n)
+
+
+cdef void give_back_cold(central_t *central, int64_t n) noexcept nogil:
+    """Give back `n` idle blocks, the longest unused first."""
+    cdef char *blocks[PIECE]
+    cdef int64_t n_piece
+    while n > 0:
+        mutex_lock(&central.mutex)
+        n_piece = pop_cold(central, blocks, n if n < PIECE else PIECE)
+        mutex_unlock(&central.mutex)
+        if n_piece == 0:
+            return
+        central_give_back(central, blocks, n_piece)
+        n -= n_piece
+
+
+cdef void central_drain(central_t *central) noexcept nogil:
+    """Give back all idle blocks."""
+    give_back_cold(central, INT64_MAX)
+
+
+cdef void central_collect(central_t *central) noexcept nogil:
+    """One collection: give back what sat unused during this one and the one before."""
+    cdef int64_t n_dropped
+    mutex_lock(&central.mutex)
+    n_dropped = central.n_victims if central.n_victims < central.n_unused else central.n_unused
+    central.n_victims = central.n_unused - n_dropped
+    mutex_unlock(&central.mutex)
+    give_back_cold(central, n_dropped)
+    mutex_lock(&central.mutex)
+    central.n_unused = central.n_idle
+    mutex_unlock(&central.mutex)
 
 
 cdef void central_trim(central_t *central) noexcept nogil:
-    """Give the kept empty slab back to the page heap."""
+    """Give back all idle blocks, the slab that is kept empty, and the stack's own memory."""
+    central_drain(central)
     mutex_lock(&central.mutex)
-    if central.empty != NULL:
-        drop_slab(central, central.empty)
-        central.empty = NULL
+    slabs_trim(&central.slabs)
+    if central.n_idle == 0:
+        drop_stack(central)
     mutex_unlock(&central.mutex)
-
-
-cdef const char *check_slab(
-    const central_t *central, const slab_t *slab, uint32_t *n_used
-) noexcept nogil:
-    cdef uint32_t i, n_free = 0
-    if slab.run.state != RUN_SLAB or slab.run.slab != slab:
-        return "a slab's run does not lead back to it"
-    for i in range(n_words(central)):
-        n_free += <uint32_t>popcount(slab.free_bits[i])
-        if i < slab.first_word and slab.free_bits[i]:
-            return "a slab has a free slot before first_word"
-    if n_free != slab.n_free:
-        return "a slab's n_free is not its number of free bits"
-    n_used[0] = central.n_slots - n_free
-    return NULL
 
 
 cdef const char *central_check(central_t *central) noexcept nogil:
     """NULL, or which invariant is broken."""
     cdef const char *broken = NULL
-    cdef int64_t n_live = 0, n_slabs = 0, n_full
-    cdef uint32_t n_used = 0
-    cdef slab_t *slab
     mutex_lock(&central.mutex)
-    slab = central.partial
-    while slab != NULL and broken == NULL:
-        broken = check_slab(central, slab, &n_used)
-        if broken == NULL and (n_used == 0 or n_used == central.n_slots):
-            broken = "a partial slab is empty or full"
-        n_live += n_used
-        n_slabs += 1
-        slab = slab.next
-    if broken == NULL and central.empty != NULL:
-        broken = check_slab(central, central.empty, &n_used)
-        if broken == NULL and n_used:
-            broken = "the slab kept as empty has live slots"
-        n_slabs += 1
-    n_full = central.n_slabs - n_slabs
-    if broken == NULL and n_live + n_full * <int64_t>central.n_slots != central.n_live:
-        broken = "n_live is not the number of slots in use"
+    if central.run_pages == 0:
+        broken = slabs_check(&central.slabs)
+        if broken == NULL and central.slabs.n_taken != atomic_load_i64(&central.n_out):
+            broken = "n_out is not the number of slots taken from slabs"
+    elif central.block_bytes != <size_t>central.run_pages * central.pages.page_bytes:
+        broken = "block_bytes is not the class's pages"
+    if broken == NULL and not 0 <= central.n_unused <= central.n_idle <= central.idle_capacity:
+        broken = "n_unused <= n_idle <= idle_capacity does not hold"
+    if broken == NULL and central.n_idle > atomic_load_i64(&central.n_out):
+        broken = "more blocks are idle than are out"
     mutex_unlock(&central.mutex)
     return broken

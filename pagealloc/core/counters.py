@@ -63,8 +63,12 @@ class AllocatorStats:
         tables of the allocator itself, below 1 % of what they describe, are not in it.
     live_bytes : int
         What is handed out, in whole slots and pages.
+    idle_bytes : int
+        What was freed and is kept at hand, in threads' magazines and the lists behind them.
     n_live, n_allocs, n_frees, n_failed : int
         Buffers open now; requests served, given back, and refused since the start.
+    n_collections : int
+        How often the allocator went through what is idle (see `PageAllocator.collect`).
     abandoned_bytes : int
         Address space of the whole process that the kernel refused to take back (munmap).
     arenas : tuple of ArenaStats
@@ -76,10 +80,12 @@ class AllocatorStats:
     committed_bytes: int
     held_bytes: int
     live_bytes: int
+    idle_bytes: int
     n_live: int
     n_allocs: int
     n_frees: int
     n_failed: int
+    n_collections: int
     abandoned_bytes: int
     arenas: tuple[ArenaStats, ...]
     classes: tuple[ClassStats, ...]

@@ -1,146 +1,208 @@
-"""A heap: alloc, free, trim, check, nogil; and the process-wide state of the core.
+"""The way of one allocation, and of one free.
 
 Purpose
-    Send each request to the room that serves it, and each address back to where it came from.
+    Hand out a block, and take one back, in one straight line of instructions.
 Structure
-    heap_alloc(n) -> n <= half a page -> size class -> central list -> (slab from the page heap)
-                  -> else             -> page heap: a run of exactly ceil(n / page) pages
-    heap_free(p)  -> page map -> arena -> run -> slab's slot, or the run itself
+    heap_alloc(n) -> class: one shift, one load -> this thread's magazine: pop -> mark it live
+                  -> empty: heap_alloc_slow -> central list -> slab or page run -> the kernel
+    heap_free(p)  -> page map -> chunk -> class; live -> free -> this thread's magazine: push
+                  -> full: heap_free_slow -> central list
 Invariants
-    what is live is known by the central lists and the page heap; n_allocs and n_frees, counted
-    outside their locks, are statistics
-    every open heap is in the registry, so that a fork finds all mutexes
+    a block's state is the heap's live_mark from when it is handed out until it is freed, and 0
+    otherwise; who changes it from the one to the other, by compare-and-swap, owns it
+    the state, classes and magazines are all there is on the fast path: no other memory is touched
 Locking
-    Order: registry, central lists by class, page heap, page map.  Fork takes them all in this
-    order before and releases them after, in the parent and in the child.
+    None on the fast path.  The slow one holds no lock while it calls another room.
 Units
-    Bytes.
+    Bytes; pages where named.
 """
 
-from libc.stdint cimport int64_t
-from libc.stdlib cimport calloc, free
+from libc.errno cimport ENOMEM
+from libc.stdint cimport INT32_MAX, int64_t, uint8_t, uint32_t, uintptr_t
 
-from pagealloc.core.arena cimport ERROR_BUDGET
-from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64
-from pagealloc.core.central cimport (
-    central_alloc,
-    central_destroy,
-    central_free,
-    central_init,
-    central_t,
-    central_trim,
-    slab_t,
+from pagealloc.core.arena cimport ERROR_BUDGET, ERROR_GROWTH, ERROR_RETRY
+from pagealloc.core.atomics cimport (
+    atomic_add_i64,
+    atomic_load_i64,
+    atomic_load_ptr,
+    atomic_load_u8,
+    atomic_load_u16,
+    atomic_store_u8,
+    atomic_swap_u8,
 )
-from pagealloc.core.mutex cimport mutex_init, mutex_lock, mutex_t, mutex_unlock
-from pagealloc.core.os_memory cimport os_at_fork, os_page_bytes
+from pagealloc.core.central cimport (
+    central_give_back,
+    central_put,
+    central_take,
+    count_trailing_zeros,
+    run_key,
+)
+from pagealloc.core.heap_state cimport (
+    MAX_HEAPS,
+    heap_add_cache,
+    heap_collect_if_due,
+    heap_idle_bytes,
+    heap_key_hint,
+    heap_reclaim,
+    heap_retire_cache,
+    heap_run_class,
+    heap_t,
+)
+from pagealloc.core.os_memory cimport os_abandon, os_page_bytes, os_reserve
 from pagealloc.core.page_heap cimport (
     FREED,
-    IN_SLAB,
+    NOT_LIVE,
+    NOT_OURS,
     page_heap_alloc,
-    page_heap_destroy,
-    page_heap_free_at,
-    page_heap_init,
-    page_heap_trim,
+    page_heap_has_own_arena,
+    page_heap_run_bytes,
 )
-from pagealloc.core.page_map cimport page_map_init, page_map_t
-from pagealloc.core.page_run cimport RUN_LIVE, run_t
-from pagealloc.core.size_class cimport (
-    NO_CLASS,
-    SLOT_UNIT_BYTES,
-    size_class_aligned,
-    size_class_of,
-    size_classes_init,
+from pagealloc.core.page_map cimport chunk_t, page_map_chunk
+from pagealloc.core.page_run cimport run_t
+from pagealloc.core.size_class cimport NO_CLASS, SLOT_UNIT_BYTES, size_class_aligned, size_class_of
+from pagealloc.core.thread_cache cimport (
+    FIRST_RUN_CLASS,
+    UNCACHED_RUN,
+    magazine_pop,
+    magazine_push,
+    thread_cache_new,
+    thread_cache_refill,
+    thread_cache_spill,
+    thread_cache_t,
 )
 
-# The process-wide state: one page map, one list of heaps.
-cdef page_map_t process_map
-cdef mutex_t registry_mutex
-cdef heap_t *registry = NULL
+cdef extern from "poison.h" nogil:
+    void poison "pagealloc_poison"(void *address, size_t nbytes)
+    void unpoison "pagealloc_unpoison"(void *address, size_t nbytes)
+    const bint HAS_POISON "PAGEALLOC_HAS_POISON"
+
+cdef struct cache_entry_t:
+    int64_t generation      # of the heap the cache is for; 0: none
+    thread_cache_t *cache
+
+cdef struct thread_t:
+    cache_entry_t entries[MAX_HEAPS + 1]    # by heap id; the last one stays empty
+
+cdef extern from * nogil:
+    """
+    /* One pointer a thread, in this module and no other.  It is never NULL: a thread that has no
+     * caches yet has the empty table, so that the fast path need not ask. */
+    #if defined(__GLIBC__)
+    #define PAGEALLOC_TLS __attribute__((tls_model("initial-exec")))
+    #else
+    #define PAGEALLOC_TLS
+    #endif
+    #include <pthread.h>
+    #define LIKELY(condition) __builtin_expect(!!(condition), 1)
+    """
+    bint LIKELY(bint condition)
+    ctypedef unsigned int pthread_key_t
+    int pthread_key_create(pthread_key_t *key, void (*destructor)(void *) noexcept nogil)
+    int pthread_setspecific(pthread_key_t key, const void *value)
+
+cdef extern from * nogil:
+    """
+    static char pagealloc_no_thread[(1024 + 1) * 16];
+    static __thread void *pagealloc_thread PAGEALLOC_TLS = pagealloc_no_thread;
+    static inline void pagealloc_set_thread(void *thread) { pagealloc_thread = thread; }
+    """
+    void *this_thread "pagealloc_thread"
+    void set_this_thread "pagealloc_set_thread"(void *thread)
+    char *NO_THREAD "pagealloc_no_thread"
+
+cdef pthread_key_t thread_key
+
+
+cdef inline thread_cache_t *cache_of(const heap_t *heap) noexcept nogil:
+    """This thread's cache for the heap; NULL if it has none yet."""
+    cdef cache_entry_t *entry = &(<thread_t *>this_thread).entries[heap.id]
+    return entry.cache if LIKELY(entry.generation == heap.generation) else NULL
 
 
 # ---------------------------------------------------------------------------------------------
-# Life and death
+# What a block's state is, and where
 
-cdef heap_t *heap_new(size_t arena_bytes, int ladder, int64_t budget_bytes) noexcept nogil:
-    cdef heap_t *heap = <heap_t *>calloc(1, sizeof(heap_t))
-    cdef int i
-    if heap == NULL:
+cdef inline uint8_t *state_of(
+    const heap_t *heap, chunk_t *chunk, const char *address, uint32_t size_class
+) noexcept nogil:
+    """The state byte of the block that starts at `address`; NULL if none of the class can."""
+    cdef size_t page = (<uintptr_t>address >> heap.page_shift) & heap.chunk_page_mask
+    cdef size_t offset = <uintptr_t>address & heap.page_mask
+    cdef size_t slot
+    if size_class >= FIRST_RUN_CLASS:
+        return &chunk.state_of_page[page] if LIKELY(offset == 0) else NULL
+    slot = offset * heap.slots[size_class].reciprocal >> 32
+    if slot * heap.slots[size_class].nbytes != offset:
         return NULL
-    size_classes_init(&heap.classes, os_page_bytes())
-    page_heap_init(
-        &heap.pages, &process_map, heap, os_page_bytes(), arena_bytes, ladder, budget_bytes
+    return &chunk.state_of_slot[(page << (heap.page_shift - 6)) + slot]
+
+
+cdef inline char *hand_out(heap_t *heap, char *address, uint32_t size_class) noexcept nogil:
+    """Mark a free block that nobody else has as live."""
+    if HAS_POISON:
+        unpoison(address, block_bytes(heap, address, size_class))
+    atomic_store_u8(
+        state_of(heap, page_map_chunk(heap.map, address), address, size_class), heap.live_mark
     )
-    for i in range(heap.classes.n_classes):
-        central_init(&heap.centrals[i], &heap.pages, heap.classes.slot_bytes[i])
-    enter_registry(heap)
-    return heap
+    return address
 
 
-cdef int heap_delete(heap_t *heap) noexcept nogil:
-    """Unmap everything; nothing may be live.  An errno value, the heap still usable, on refusal."""
-    cdef int i, error
-    heap_trim(heap)
-    leave_registry(heap)    # before its mutexes go: a fork takes those of every registered heap
-    error = page_heap_destroy(&heap.pages)
-    if error:
-        enter_registry(heap)
-        return error
-    for i in range(heap.classes.n_classes):
-        central_destroy(&heap.centrals[i])
-    free(heap)
-    return 0
-
-
-cdef void enter_registry(heap_t *heap) noexcept nogil:
-    global registry
-    mutex_lock(&registry_mutex)
-    heap.previous = NULL
-    heap.next = registry
-    if heap.next != NULL:
-        heap.next.previous = heap
-    registry = heap
-    mutex_unlock(&registry_mutex)
-
-
-cdef void leave_registry(heap_t *heap) noexcept nogil:
-    global registry
-    mutex_lock(&registry_mutex)
-    if heap.next != NULL:
-        heap.next.previous = heap.previous
-    if heap.previous != NULL:
-        heap.previous.next = heap.next
-    else:
-        registry = heap.next
-    mutex_unlock(&registry_mutex)
-
-
-cdef void lock_all() noexcept nogil:
-    cdef heap_t *heap
-    cdef int i
-    mutex_lock(&registry_mutex)
-    heap = registry
-    while heap != NULL:
-        for i in range(heap.classes.n_classes):
-            mutex_lock(&heap.centrals[i].mutex)
-        mutex_lock(&heap.pages.mutex)
-        heap = heap.next
-    mutex_lock(&process_map.mutex)
-
-
-cdef void unlock_all() noexcept nogil:
-    cdef heap_t *heap = registry
-    cdef int i
-    mutex_unlock(&process_map.mutex)
-    while heap != NULL:
-        mutex_unlock(&heap.pages.mutex)
-        for i in range(heap.classes.n_classes):
-            mutex_unlock(&heap.centrals[i].mutex)
-        heap = heap.next
-    mutex_unlock(&registry_mutex)
+cdef size_t block_bytes(heap_t *heap, const char *address, uint32_t size_class) noexcept nogil:
+    if size_class == UNCACHED_RUN:
+        return page_heap_run_bytes(&heap.pages, address)
+    return heap.centrals[size_class].block_bytes
 
 
 # ---------------------------------------------------------------------------------------------
-# alloc and free
+# alloc
+
+cdef inline uint32_t class_of(const heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+    """The size class of a request; 0: not known yet."""
+    if LIKELY(align_bytes <= SLOT_UNIT_BYTES and nbytes <= heap.largest_table_bytes):
+        if nbytes <= heap.classes.largest_bytes:
+            return size_class_of(&heap.classes, nbytes)
+        return atomic_load_u16(
+            &heap.class_of_pages[(nbytes + heap.page_mask) >> heap.page_shift]
+        )
+    return class_of_unusual(heap, nbytes, align_bytes)
+
+
+cdef inline int64_t key_of(const heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+    """The key of the runs that serve a request."""
+    return run_key(
+        <int64_t>((nbytes >> heap.page_shift) + ((nbytes & heap.page_mask) != 0)),
+        align_bytes if align_bytes > heap.page_mask else heap.page_mask + 1
+    )
+
+
+cdef uint32_t class_of_unusual(
+    const heap_t *heap, size_t nbytes, size_t align_bytes
+) noexcept nogil:
+    """As class_of, for what is aligned to more than usual or larger than the table."""
+    cdef int64_t key
+    cdef uint32_t size_class = NO_CLASS
+    if align_bytes <= heap.classes.largest_bytes:
+        size_class = size_class_aligned(&heap.classes, nbytes, align_bytes)
+    if size_class != NO_CLASS:
+        return size_class
+    if align_bytes <= heap.page_mask + 1 and nbytes <= heap.largest_table_bytes:
+        return atomic_load_u16(
+            &heap.class_of_pages[(nbytes + heap.page_mask) >> heap.page_shift]
+        )
+    key = key_of(heap, nbytes, align_bytes)
+    size_class = atomic_load_u16(&heap.key_hints[heap_key_hint(key)])
+    return size_class if atomic_load_i64(&heap.centrals[size_class].key) == key else 0
+
+
+cdef inline char *alloc_class(heap_t *heap, uint32_t size_class) noexcept nogil:
+    """A block from this thread's magazine; NULL if that takes more than a few nanoseconds."""
+    cdef thread_cache_t *cache = cache_of(heap)
+    cdef char *address
+    if cache == NULL:
+        return NULL
+    address = magazine_pop(cache, size_class)
+    return hand_out(heap, address, size_class) if LIKELY(address != NULL) else NULL
+
 
 cdef char *heap_alloc(
     heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error
@@ -149,100 +211,254 @@ cdef char *heap_alloc(
 
     `fresh` tells that it is zero.  NULL with an errno value or a code in `error` if refused.
     """
-    cdef int size_class
+    cdef char *address = alloc_class(heap, class_of(heap, nbytes, align_bytes))
+    fresh[0] = False
+    if LIKELY(address != NULL):
+        return address
+    return heap_alloc_slow(heap, nbytes, align_bytes, fresh, error)
+
+
+cdef char *heap_alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+    """As heap_alloc; NULL where that goes on to heap_alloc_slow.  Its memory is never fresh."""
+    return alloc_class(heap, class_of(heap, nbytes, align_bytes))
+
+
+cdef char *heap_alloc_class(heap_t *heap, uint32_t size_class) noexcept nogil:
+    return alloc_class(heap, size_class)
+
+
+cdef char *heap_alloc_slow(
+    heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error
+) noexcept nogil:
+    """What alloc does when the magazine is empty.
+
+    More is taken from the kernel only when less than that lies idle; and before a request is
+    refused, all that is idle has been given up.
+    """
+    cdef int64_t key
+    cdef uint32_t size_class
     cdef char *address
+    heap_collect_if_due(heap)
+    address = take(heap, nbytes, align_bytes, False, fresh, error)
+    if address == NULL and error[0] == ERROR_GROWTH:
+        key = key_of(heap, nbytes, align_bytes)
+        if heap_idle_bytes(heap) >= <int64_t>(
+            nbytes if page_heap_has_own_arena(&heap.pages, key >> 6, <size_t>1 << (key & 63))
+            else heap.pages.arena_bytes
+        ):
+            heap_reclaim(heap)
+        address = take(heap, nbytes, align_bytes, True, fresh, error)
+    if address == NULL and (error[0] == ERROR_BUDGET or error[0] == ENOMEM):
+        heap_reclaim(heap)
+        address = take(heap, nbytes, align_bytes, True, fresh, error)
+    if address == NULL and error[0] == ERROR_BUDGET:
+        # A run serves a small request as well, at the price of a page; a slab may cost sixteen.
+        address = take_run(heap, key_of(heap, nbytes, align_bytes), True, fresh, error)
+    if address == NULL:
+        atomic_add_i64(&heap.n_failed, 1)
+    return address
+
+
+cdef char *take(
+    heap_t *heap, size_t nbytes, size_t align_bytes, bint may_grow, bint *fresh, int *error
+) noexcept nogil:
+    cdef uint32_t size_class
     if align_bytes <= SLOT_UNIT_BYTES:
         size_class = size_class_of(&heap.classes, nbytes)
     else:
         size_class = size_class_aligned(&heap.classes, nbytes, align_bytes)
-    fresh[0] = False
-    if size_class != NO_CLASS:
-        address = central_alloc(&heap.centrals[size_class], error)
-    else:
-        address = alloc_run(heap, nbytes, align_bytes, fresh, error)
-    if address == NULL and error[0] == ERROR_BUDGET:
-        address = alloc_slow(heap, nbytes, align_bytes, fresh, error)
-    atomic_add_i64(&heap.n_failed if address == NULL else &heap.n_allocs, 1)
+    if size_class == NO_CLASS:
+        return take_run(heap, key_of(heap, nbytes, align_bytes), may_grow, fresh, error)
+    return take_block(heap, size_class, 0, may_grow, fresh, error)
+
+
+cdef char *take_run(
+    heap_t *heap, int64_t key, bint may_grow, bint *fresh, int *error
+) noexcept nogil:
+    cdef uint32_t size_class
+    cdef char *address = NULL
+    error[0] = ERROR_RETRY
+    while address == NULL and error[0] == ERROR_RETRY:
+        size_class = heap_run_class(heap, key)
+        if size_class == UNCACHED_RUN:
+            return take_uncached(heap, key, may_grow, fresh, error)
+        address = take_block(heap, size_class, key, may_grow, fresh, error)
     return address
 
 
-cdef char *alloc_run(
-    heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error
+cdef char *take_block(
+    heap_t *heap, uint32_t size_class, int64_t key, bint may_grow, bint *fresh, int *error
 ) noexcept nogil:
-    cdef size_t page_bytes = heap.pages.page_bytes
+    """A block of a class, through this thread's magazine if it can have one."""
+    cdef thread_cache_t *cache = cache_of(heap)
+    cdef char *address = NULL
+    if cache == NULL:
+        cache = new_cache(heap)
+    if cache != NULL:
+        cache.countdown = INT32_MAX
+        address = thread_cache_refill(
+            cache, &heap.centrals[size_class], key, may_grow, fresh, error
+        )
+    elif central_take(&heap.centrals[size_class], key, &address, 1, may_grow, fresh, error):
+        atomic_add_i64(&heap.retired_allocs[size_class], 1)
+    return hand_out(heap, address, size_class) if address != NULL else NULL
+
+
+cdef char *take_uncached(
+    heap_t *heap, int64_t key, bint may_grow, bint *fresh, int *error
+) noexcept nogil:
+    """A run straight from the page heap, for a size that found no class."""
     cdef run_t *run = page_heap_alloc(
-        &heap.pages, <int64_t>((nbytes + page_bytes - 1) // page_bytes),
-        align_bytes if align_bytes > page_bytes else page_bytes, RUN_LIVE, NULL, fresh, error
+        &heap.pages, key >> 6, <size_t>1 << (key & 63), UNCACHED_RUN, NULL, may_grow, fresh, error
     )
-    return NULL if run == NULL else run.address
+    if run == NULL:
+        return NULL
+    atomic_add_i64(&heap.centrals[UNCACHED_RUN].n_out, 1)
+    atomic_add_i64(&heap.retired_allocs[UNCACHED_RUN], 1)
+    return hand_out(heap, run.address, UNCACHED_RUN)
 
 
-cdef char *alloc_slow(
-    heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error
-) noexcept nogil:
-    """Near the budget: give up the slabs that are kept empty, and do without a new slab.
+# ---------------------------------------------------------------------------------------------
+# free
 
-    A run serves a small request as well, at the price of a page; a slab may cost sixteen.
-    """
-    cdef int i
-    for i in range(heap.classes.n_classes):
-        central_trim(&heap.centrals[i])
-    return alloc_run(heap, nbytes, align_bytes, fresh, error)
+cdef inline int free_fast(heap_t *heap, char *address, uint32_t *size_class) noexcept nogil:
+    cdef chunk_t *chunk = page_map_chunk(heap.map, address)
+    cdef thread_cache_t *cache
+    cdef uint8_t *state
+    if chunk == NULL or atomic_load_ptr(&chunk.owner) != heap:
+        return NOT_OURS
+    size_class[0] = atomic_load_u16(
+        &chunk.class_of_page[(<uintptr_t>address >> heap.page_shift) & heap.chunk_page_mask]
+    )
+    state = state_of(heap, chunk, address, size_class[0])
+    if state == NULL:
+        return NOT_OURS
+    if HAS_POISON and atomic_load_u8(state) == heap.live_mark:
+        poison(address, block_bytes(heap, address, size_class[0]))
+    if not LIKELY(atomic_swap_u8(state, heap.live_mark, 0)):
+        return NOT_LIVE if size_class[0] else NOT_OURS
+    cache = cache_of(heap)
+    if LIKELY(cache != NULL and magazine_push(cache, size_class[0], address)):
+        return FREED
+    return FREE_SLOW
 
 
 cdef int heap_free(heap_t *heap, char *address) noexcept nogil:
     """Take back what heap_alloc gave: FREED, or NOT_OURS / NOT_LIVE and nothing changed."""
-    cdef void *slab = NULL
-    cdef int outcome = page_heap_free_at(&heap.pages, address, &slab)
-    if outcome == IN_SLAB:
-        outcome = central_free(<slab_t *>slab, address)
-    if outcome == FREED:
-        atomic_add_i64(&heap.n_frees, 1)
-    return outcome
+    cdef uint32_t size_class
+    cdef int outcome = free_fast(heap, address, &size_class)
+    if LIKELY(outcome != FREE_SLOW):
+        return outcome
+    heap_free_slow(heap, address, size_class)
+    return FREED
 
 
-cdef int64_t heap_trim(heap_t *heap) noexcept nogil:
-    """Give back what is free; returns the physical bytes that went back."""
-    cdef int i
-    for i in range(heap.classes.n_classes):
-        central_trim(&heap.centrals[i])
-    return page_heap_trim(&heap.pages)
+cdef int heap_free_fast(heap_t *heap, char *address, uint32_t *size_class) noexcept nogil:
+    """As heap_free; FREE_SLOW where that goes on to heap_free_slow."""
+    return free_fast(heap, address, size_class)
+
+
+cdef void heap_free_slow(heap_t *heap, char *address, uint32_t size_class) noexcept nogil:
+    """Put away a block that is free already, when the magazine has no room for it."""
+    cdef thread_cache_t *cache = cache_of(heap)
+    if size_class == UNCACHED_RUN:
+        central_give_back(&heap.centrals[UNCACHED_RUN], &address, 1)
+        return
+    if cache == NULL:
+        cache = new_cache(heap)
+    if cache != NULL:
+        thread_cache_spill(cache, &heap.centrals[size_class], address)
+    else:
+        central_put(&heap.centrals[size_class], &address, 1)
+    heap_collect_if_due(heap)
 
 
 # ---------------------------------------------------------------------------------------------
-# Counts, read under the locks that guard them
+# Many at a time, and what one holds
 
-cdef heap_counts_t heap_counts(heap_t *heap) noexcept nogil:
-    cdef heap_counts_t counts
-    cdef int i
-    mutex_lock(&heap.pages.mutex)
-    counts.reserved_bytes = heap.pages.reserved_bytes
-    counts.committed_bytes = heap.pages.committed_bytes
-    counts.used_bytes = heap.pages.used_pages * <int64_t>heap.pages.page_bytes
-    counts.n_live = heap.pages.n_live_runs
-    mutex_unlock(&heap.pages.mutex)
-    for i in range(heap.classes.n_classes):
-        counts.n_live += heap_class_counts(heap, i).n_live
-    counts.n_allocs = atomic_load_i64(&heap.n_allocs)
-    counts.n_frees = atomic_load_i64(&heap.n_frees)
-    counts.n_failed = atomic_load_i64(&heap.n_failed)
-    return counts
-
-
-cdef class_counts_t heap_class_counts(heap_t *heap, int i) noexcept nogil:
-    cdef central_t *central = &heap.centrals[i]
-    cdef class_counts_t counts
-    mutex_lock(&central.mutex)
-    counts.slot_bytes = central.slot_bytes
-    counts.n_slots = central.n_slabs * <int64_t>central.n_slots
-    counts.n_live = central.n_live
-    counts.n_slabs = central.n_slabs
-    counts.slab_bytes = central.n_slabs * central.slab_pages * <int64_t>heap.pages.page_bytes
-    mutex_unlock(&central.mutex)
-    return counts
+cdef int heap_alloc_many(
+    heap_t *heap, size_t nbytes, size_t align_bytes, size_t n, char **addresses, int *error
+) noexcept nogil:
+    """Fill `addresses` with `n` blocks: 0, or -1 with a code in `error` and none allocated."""
+    cdef uint32_t size_class = class_of(heap, nbytes, align_bytes)
+    cdef bint fresh
+    cdef size_t i
+    for i in range(n):
+        addresses[i] = alloc_class(heap, size_class)
+        if not LIKELY(addresses[i] != NULL):
+            addresses[i] = heap_alloc_slow(heap, nbytes, align_bytes, &fresh, error)
+            size_class = class_of(heap, nbytes, align_bytes)
+            if addresses[i] == NULL:
+                heap_free_many(heap, addresses, i)
+                return -1
+    return 0
 
 
-page_map_init(&process_map)
-mutex_init(&registry_mutex, NULL)
-if os_at_fork(lock_all, unlock_all, unlock_all) != 0:
-    raise MemoryError("pthread_atfork refused to register pagealloc's fork handlers")
+cdef size_t heap_free_many(heap_t *heap, char *const *addresses, size_t n) noexcept nogil:
+    """Take back `n` blocks: how many were live and are freed now; the others are left alone."""
+    cdef size_t i, n_freed = 0
+    for i in range(n):
+        n_freed += heap_free(heap, addresses[i]) == FREED
+    return n_freed
+
+
+cdef size_t heap_usable_bytes(heap_t *heap, const char *address) noexcept nogil:
+    """The length of the live block that starts at `address`; 0: there is none."""
+    cdef chunk_t *chunk = page_map_chunk(heap.map, address)
+    cdef uint8_t *state
+    cdef uint32_t size_class
+    if chunk == NULL or atomic_load_ptr(&chunk.owner) != heap:
+        return 0
+    size_class = atomic_load_u16(
+        &chunk.class_of_page[(<uintptr_t>address >> heap.page_shift) & heap.chunk_page_mask]
+    )
+    state = state_of(heap, chunk, address, size_class)
+    if state == NULL or atomic_load_u8(state) != heap.live_mark:
+        return 0
+    return block_bytes(heap, address, size_class)
+
+
+# ---------------------------------------------------------------------------------------------
+# This thread's table of caches
+
+cdef thread_cache_t *new_cache(heap_t *heap) noexcept nogil:
+    """This thread's first cache for the heap; NULL if there is no memory or no place for it."""
+    cdef size_t table_bytes = whole_pages(sizeof(thread_t))
+    cdef thread_t *thread = <thread_t *>this_thread
+    cdef thread_cache_t *cache
+    if heap.id == MAX_HEAPS:
+        return NULL
+    if <char *>thread == NO_THREAD:
+        thread = <thread_t *>os_reserve(table_bytes, os_page_bytes())
+        if thread == NULL:
+            return NULL
+        if pthread_setspecific(thread_key, thread) != 0:
+            os_abandon(thread, table_bytes)
+            return NULL
+        set_this_thread(thread)
+    cache = thread_cache_new()
+    if cache == NULL:
+        return NULL
+    heap_add_cache(heap, cache)
+    thread.entries[heap.id].cache = cache
+    thread.entries[heap.id].generation = heap.generation
+    return cache
+
+
+cdef inline size_t whole_pages(size_t nbytes) noexcept nogil:
+    return (nbytes + os_page_bytes() - 1) // os_page_bytes() * os_page_bytes()
+
+
+cdef void end_thread(void *value) noexcept nogil:
+    """At a thread's end: retire its caches.  What it allocates after that gets new ones."""
+    cdef thread_t *thread = <thread_t *>value
+    cdef uint32_t i
+    set_this_thread(NO_THREAD)
+    for i in range(MAX_HEAPS):
+        if thread.entries[i].generation:
+            heap_retire_cache(i, thread.entries[i].generation, thread.entries[i].cache)
+    os_abandon(thread, whole_pages(sizeof(thread_t)))
+
+
+if pthread_key_create(&thread_key, end_thread) != 0:
+    raise MemoryError("pthread_key_create refused to register the end of pagealloc's threads")

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t
 
-from pagealloc.core.heap cimport heap_t
+from pagealloc.core.heap_state cimport heap_t
 
 cdef class Heap:
     cdef heap_t *heap               # NULL once closed

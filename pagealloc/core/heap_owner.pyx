@@ -16,7 +16,9 @@ Units
 """
 
 import errno as _errno
+import gc
 import os
+import weakref
 
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport calloc, free
@@ -29,15 +31,15 @@ from pagealloc.core.arena cimport (
     ERROR_BUDGET,
     ERROR_NO_HUGE_PAGES,
 )
-from pagealloc.core.central cimport central_check
-from pagealloc.core.heap cimport (
+from pagealloc.core.heap cimport heap_alloc, heap_free
+from pagealloc.core.heap_state cimport (
     class_counts_t,
-    heap_alloc,
+    heap_check,
     heap_class_counts,
+    heap_collect,
     heap_counts,
     heap_counts_t,
     heap_delete,
-    heap_free,
     heap_new,
     heap_t,
     heap_trim,
@@ -47,7 +49,6 @@ from pagealloc.core.page_heap cimport (
     NOT_LIVE,
     NOT_OURS,
     arena_report_t,
-    page_heap_check,
     page_heap_report,
 )
 from pagealloc.core.page_map cimport CHUNK_BYTES
@@ -69,6 +70,20 @@ LADDERS = {
     "base": BACKING_BASE,
 }
 cdef dict BACKING_NAMES = {ladder: name for name, ladder in LADDERS.items()}
+
+
+_open_heaps = weakref.WeakSet()
+
+
+def _collect_after_gc(phase, info):
+    """A process whose oldest generation was just gone through has let go of what it will."""
+    if phase == "stop" and info["generation"] == 2:
+        for heap in list(_open_heaps):
+            if not heap.closed:
+                heap.collect()
+
+
+gc.callbacks.append(_collect_after_gc)
 
 
 cdef int choose_ladder(str backing, int64_t arena_bytes, int64_t budget_bytes) except -1:
@@ -103,6 +118,7 @@ cdef class Heap:
         )
         if self.heap == NULL:
             raise OutOfMemoryError("no memory for the tables of an allocator")
+        _open_heaps.add(self)
 
     def __dealloc__(self):
         # Every Buffer holds a reference to its heap, so what is still live belongs to callers by
@@ -142,7 +158,7 @@ cdef class Heap:
             return OutOfMemoryError(
                 f"{asked}: the budget of {format_bytes(self.budget_bytes)} has "
                 f"{format_bytes(max(self.budget_bytes - counts.committed_bytes, 0))} left "
-                f"({format_bytes(counts.used_bytes)} in use by {counts.n_live} live buffers); "
+                f"({format_bytes(counts.live_bytes)} in use by {counts.n_live} live buffers); "
                 f"close Buffers, or make the allocator with a larger budget_bytes"
             )
         if error == ERROR_ALIGNMENT:
@@ -199,6 +215,25 @@ cdef class Heap:
         self.leave()
         return purged_bytes
 
+    def collect(self) -> None:
+        """Let go of free memory that has not been used for a while.
+
+        Freed blocks stay at hand, in each thread's magazines and in lists that the threads share.
+        What sat there unused since the last collection is a victim; what was a victim at the last
+        one already and is still unused returns to the page heap, where it merges with its
+        neighbours and serves requests of any size.  Nothing goes back to the kernel: see `trim`.
+
+        Notes
+        -----
+        Called every half second by allocations that find their magazine empty, and whenever
+        Python's garbage collector has gone through its oldest generation.  Thread-safe; does
+        nothing if another thread is at it.
+        """
+        cdef heap_t *heap = self.enter()
+        with nogil:
+            heap_collect(heap)
+        self.leave()
+
     def check(self) -> None:
         """Verify every invariant of the heap's structures.
 
@@ -212,15 +247,9 @@ cdef class Heap:
         Takes each lock in turn: exact only while no other thread allocates or frees.
         """
         cdef heap_t *heap = self.enter()
-        cdef const char *broken = NULL
-        cdef int i
+        cdef const char *broken
         with nogil:
-            for i in range(heap.classes.n_classes):
-                broken = central_check(&heap.centrals[i])
-                if broken != NULL:
-                    break
-            if broken == NULL:
-                broken = page_heap_check(&heap.pages)
+            broken = heap_check(heap)
         self.leave()
         if broken != NULL:
             raise InvariantError(broken.decode())
@@ -234,17 +263,15 @@ cdef class Heap:
         cdef heap_t *heap = self.open_heap()
         cdef heap_counts_t counts = heap_counts(heap)
         cdef class_counts_t class_counts
-        cdef int64_t live_bytes = counts.used_bytes
         cdef int i
         arenas = self._arena_stats()
         classes = []
-        for i in range(heap.classes.n_classes):
+        for i in range(1, heap.n_slot_classes + 1):
             class_counts = heap_class_counts(heap, i)
-            live_bytes += class_counts.n_live * class_counts.slot_bytes - class_counts.slab_bytes
             classes.append(ClassStats(
-                slot_bytes=class_counts.slot_bytes,
+                slot_bytes=class_counts.block_bytes,
                 n_live=class_counts.n_live,
-                n_free=class_counts.n_slots - class_counts.n_live,
+                n_free=class_counts.n_idle + class_counts.n_unused_slots,
                 n_slabs=class_counts.n_slabs,
             ))
         return AllocatorStats(
@@ -252,11 +279,13 @@ cdef class Heap:
             reserved_bytes=counts.reserved_bytes,
             committed_bytes=counts.committed_bytes,
             held_bytes=sum(arena.held_bytes for arena in arenas),
-            live_bytes=live_bytes,
+            live_bytes=counts.live_bytes,
+            idle_bytes=counts.idle_bytes,
             n_live=counts.n_live,
             n_allocs=counts.n_allocs,
             n_frees=counts.n_frees,
             n_failed=counts.n_failed,
+            n_collections=counts.n_collections,
             abandoned_bytes=abandoned_bytes(),
             arenas=tuple(arenas),
             classes=tuple(classes),

@@ -7,3 +7,4 @@ cdef extern from "<pthread.h>" nogil:
     int mutex_destroy "pthread_mutex_destroy"(mutex_t *mutex)
     int mutex_lock "pthread_mutex_lock"(mutex_t *mutex)
     int mutex_unlock "pthread_mutex_unlock"(mutex_t *mutex)
+    int mutex_trylock "pthread_mutex_trylock"(mutex_t *mutex)

@@ -7,6 +7,9 @@
 #define PAGEALLOC_OS_COMPAT_H
 
 #include <errno.h>
+#include <sched.h>
+#include <time.h>
+#include <unistd.h>
 #include <sys/mman.h>
 #include <sys/types.h>
 
@@ -31,7 +34,23 @@
 #define FALLOC_FL_PUNCH_HOLE 0x02
 #endif
 #define PAGEALLOC_MINCORE_VEC unsigned char
+#include <sys/syscall.h>
+/* Values of include/uapi/linux/membarrier.h. */
+#define PAGEALLOC_MEMBARRIER_PRIVATE_EXPEDITED (1 << 3)
+#define PAGEALLOC_MEMBARRIER_REGISTER_PRIVATE_EXPEDITED (1 << 4)
+static inline int pagealloc_membarrier(int command)
+{
+    return (int)syscall(SYS_membarrier, command, 0, 0);
+}
 #else
+#define PAGEALLOC_MEMBARRIER_PRIVATE_EXPEDITED 0
+#define PAGEALLOC_MEMBARRIER_REGISTER_PRIVATE_EXPEDITED 0
+static inline int pagealloc_membarrier(int command)
+{
+    (void)command;
+    errno = ENOSYS;
+    return -1;
+}
 #define MADV_POPULATE_WRITE -1
 #define MADV_HUGEPAGE -1
 #define MADV_NOHUGEPAGE -1
@@ -59,6 +78,23 @@ static inline int fallocate(int fd, int mode, off_t offset, off_t nbytes)
 static inline void pagealloc_set_errno(int error)
 {
     errno = error;
+}
+
+/* A clock for "is it time yet": right to some milliseconds, and four times as cheap to read. */
+#ifdef CLOCK_MONOTONIC_COARSE
+#define PAGEALLOC_CLOCK_COARSE CLOCK_MONOTONIC_COARSE
+#else
+#define PAGEALLOC_CLOCK_COARSE CLOCK_MONOTONIC
+#endif
+
+/* The thread waited for needs a few nanoseconds, unless it was preempted: then it needs the core. */
+static inline void pagealloc_wait_briefly(int n_waits)
+{
+    const struct timespec pause = {0, 50000};
+    if (n_waits < 64)
+        sched_yield();
+    else
+        nanosleep(&pause, NULL);
 }
 
 #endif

@@ -42,6 +42,12 @@ cdef int os_map_file(void *address, size_t nbytes, int fd, int64_t offset) noexc
 cdef int os_populate_write(void *address, size_t nbytes) noexcept nogil
 cdef int os_protect_read_only(void *address, size_t nbytes) noexcept nogil
 
+# --- time and threads ---
+cdef int64_t os_coarse_now_ns() noexcept nogil
+cdef bint os_has_barrier() noexcept nogil
+cdef int os_barrier_all_threads() noexcept nogil
+cdef void os_wait_briefly(int n_waits) noexcept nogil
+
 # --- fork ---
 ctypedef void (*fork_hook)() noexcept nogil
 cdef int os_at_fork(fork_hook prepare, fork_hook parent, fork_hook child) noexcept nogil

@@ -36,6 +36,7 @@ from posix.mman cimport (
     munmap,
 )
 from posix.stat cimport fchmod, fstat, struct_stat
+from posix.time cimport clock_gettime, clockid_t, timespec
 from posix.unistd cimport close, ftruncate, pwrite
 
 from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64
@@ -57,6 +58,11 @@ cdef extern from "os_compat.h" nogil:
     int fallocate(int fd, int mode, int64_t offset, int64_t nbytes)
     int mincore(void *address, size_t nbytes, mincore_vec *vec)
     void set_errno "pagealloc_set_errno"(int error)
+    const int MEMBARRIER_PRIVATE_EXPEDITED "PAGEALLOC_MEMBARRIER_PRIVATE_EXPEDITED"
+    const int MEMBARRIER_REGISTER "PAGEALLOC_MEMBARRIER_REGISTER_PRIVATE_EXPEDITED"
+    int membarrier "pagealloc_membarrier"(int command)
+    const clockid_t CLOCK_COARSE "PAGEALLOC_CLOCK_COARSE"
+    void wait_briefly "pagealloc_wait_briefly"(int n_waits)
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_atfork(fork_hook prepare, fork_hook parent, fork_hook child)
@@ -73,11 +79,12 @@ cdef enum:
     CALL_FALLOCATE
     CALL_PWRITE
     CALL_FSTAT
+    CALL_MEMBARRIER
     N_CALLS
 
 CALL_NAMES = (
     "mmap", "munmap", "madvise", "mincore", "mprotect", "memfd_create", "fchmod",
-    "ftruncate", "fallocate", "pwrite", "fstat",
+    "ftruncate", "fallocate", "pwrite", "fstat", "membarrier",
 )
 
 cdef struct os_call:
@@ -93,6 +100,7 @@ cdef size_t huge_page_bytes
 cdef int64_t max_mappings
 cdef int64_t fork_generation = 0
 cdef int64_t abandoned_nbytes = 0     # atomic
+cdef bint has_barrier
 
 
 cdef inline bint refused(int call) noexcept nogil:
@@ -314,11 +322,40 @@ cdef int os_protect_read_only(void *address, size_t nbytes) noexcept nogil:
 
 
 # ---------------------------------------------------------------------------------------------
+# Time and threads
+
+cdef int64_t os_coarse_now_ns() noexcept nogil:
+    """Time that only grows, right to a few milliseconds."""
+    cdef timespec now
+    clock_gettime(CLOCK_COARSE, &now)
+    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef bint os_has_barrier() noexcept nogil:
+    """True if `os_barrier_all_threads` works in this kernel (Linux 4.14)."""
+    return has_barrier
+
+
+cdef int os_barrier_all_threads() noexcept nogil:
+    """Make every running thread of this process pass a full memory barrier (membarrier)."""
+    if refused(CALL_MEMBARRIER) or membarrier(MEMBARRIER_PRIVATE_EXPEDITED) != 0:
+        return errno
+    return 0
+
+
+cdef void os_wait_briefly(int n_waits) noexcept nogil:
+    """Let another thread run; `n_waits` says how often that was done in this wait already."""
+    wait_briefly(n_waits)
+
+
+# ---------------------------------------------------------------------------------------------
 # Fork
 
 cdef void count_fork() noexcept nogil:
     global fork_generation
     fork_generation += 1
+    if has_barrier:
+        membarrier(MEMBARRIER_REGISTER)     # in case the kernel registers a process, not its copy
 
 
 cdef int os_at_fork(fork_hook prepare, fork_hook parent, fork_hook child) noexcept nogil:
@@ -389,7 +426,7 @@ def refusing(call: str, error: int = _errno.ENOMEM, *, skip: int = 0, times: int
 
 def _ask_machine() -> None:
     """Set the page sizes.  PAGEALLOC_PAGE_BYTES simulates larger pages (16 or 64 KiB) in tests."""
-    global page_bytes, real_page_bytes, huge_page_bytes, max_mappings
+    global page_bytes, real_page_bytes, huge_page_bytes, max_mappings, has_barrier
     real_bytes = os.sysconf("SC_PAGESIZE")
     wanted_bytes = parse_bytes(
         option_value("page_bytes") or real_bytes, name=_OPTIONS["page_bytes"].env
@@ -401,6 +438,8 @@ def _ask_machine() -> None:
         )
     real_page_bytes = real_bytes
     page_bytes = wanted_bytes
+    # PAGEALLOC_BARRIER=0: for tests of what happens in a kernel, or a sandbox, without it.
+    has_barrier = option_value("barrier") != "0" and membarrier(MEMBARRIER_REGISTER) == 0
     huge_page_bytes = max(2 << 20, wanted_bytes)
     try:
         with open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", encoding="ascii") as file:

@@ -1,6 +1,6 @@
 """The page runs of all arenas of one heap: best fit, coalescing, growth, budget."""
 
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t, uint16_t
 
 from pagealloc.core.arena cimport arena_t
 from pagealloc.core.free_runs cimport free_runs_t
@@ -12,7 +12,6 @@ cdef enum:                      # what a free by address comes to
     FREED = 0
     NOT_OURS = 1                # no slot or run of this heap starts there
     NOT_LIVE = 2                # it is free already
-    IN_SLAB = 3                 # the page heap's answer: ask the slab
 
 cdef struct page_heap_t:
     mutex_t mutex
@@ -28,7 +27,7 @@ cdef struct page_heap_t:
     int64_t reserved_bytes
     int64_t committed_bytes     # what may be backed; never above the budget
     int64_t used_pages          # in runs that are live or slabs
-    int64_t n_live_runs
+    int64_t n_runs_out          # runs that are not slabs: live, or free in a magazine or a list
 
 cdef void page_heap_init(
     page_heap_t *pages, page_map_t *map, void *owner, size_t page_bytes, size_t arena_bytes,
@@ -36,11 +35,14 @@ cdef void page_heap_init(
 ) noexcept nogil
 cdef int page_heap_destroy(page_heap_t *pages) noexcept nogil
 cdef run_t *page_heap_alloc(
-    page_heap_t *pages, int64_t n_pages, size_t align_bytes, uint8_t state, void *slab,
-    bint *fresh, int *error
+    page_heap_t *pages, int64_t n_pages, size_t align_bytes, uint16_t size_class, void *slab,
+    bint may_grow, bint *fresh, int *error
 ) noexcept nogil
-cdef void page_heap_free_slab(page_heap_t *pages, run_t *run) noexcept nogil
-cdef int page_heap_free_at(page_heap_t *pages, char *address, void **slab) noexcept nogil
+cdef void page_heap_free(page_heap_t *pages, char *const *addresses, int64_t n) noexcept nogil
+cdef size_t page_heap_run_bytes(page_heap_t *pages, const char *address) noexcept nogil
+cdef bint page_heap_has_own_arena(
+    const page_heap_t *pages, int64_t n_pages, size_t align_bytes
+) noexcept nogil
 cdef int64_t page_heap_trim(page_heap_t *pages) noexcept nogil
 cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil
 

@@ -6,11 +6,13 @@ Purpose
 Structure
     page_heap_alloc -> a free run that fits?  -> carve it
                     -> a new arena, within the budget (of its own for a large request)
-    page_heap_free_at -> merge with free neighbours; a dedicated arena goes back at once
+    page_heap_free  -> merge with free neighbours; a dedicated arena goes back at once
 Invariants
-    those of free_runs; each arena is in the page map from its first to its last chunk
+    those of free_runs; each arena is in the page map from its first to its last chunk (a dedicated
+    one with its first)
+    a page's class is that of the run that starts there or the slab that covers it, else 0
     reserved_bytes = sum(arena.nbytes); committed_bytes = sum(n_committed * granule_bytes)
-    used_pages = sum of pages of live runs and slabs; n_live_runs = number of live runs
+    used_pages = sum of pages of runs that are out and of slabs; n_runs_out = number of the former
     committed_bytes <= budget_bytes
 Locking
     Every function here takes `mutex` itself, but for those that say "locked".  A caller may hold
@@ -20,11 +22,12 @@ Units
 """
 
 from libc.errno cimport ENOMEM
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t, uint16_t, uintptr_t
 from libc.string cimport memset
 
 from pagealloc.core.arena cimport (
     ERROR_BUDGET,
+    ERROR_GROWTH,
     arena_abandon,
     arena_commit,
     arena_delete,
@@ -45,12 +48,17 @@ from pagealloc.core.free_runs cimport (
     free_runs_merge,
     free_runs_remove_arena,
 )
+from pagealloc.core.atomics cimport atomic_store_u16
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
 from pagealloc.core.page_map cimport (
     CHUNK_BYTES,
-    page_map_clear,
-    page_map_find,
-    page_map_set,
+    chunk_t,
+    page_map_add,
+    page_map_arena,
+    page_map_attach,
+    page_map_chunk,
+    page_map_detach,
+    page_map_recycle,
     page_map_t,
 )
 from pagealloc.core.page_run cimport RUN_FREE, RUN_LIVE, RUN_SLAB, run_t, run_tree_check
@@ -91,6 +99,11 @@ cdef int page_heap_destroy(page_heap_t *pages) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # Arenas, locked
 
+cdef inline size_t mapped_bytes(const arena_t *arena) noexcept nogil:
+    """How much of an arena is in the page map: nothing starts in a dedicated one's other chunks."""
+    return CHUNK_BYTES if arena.dedicated else arena.nbytes
+
+
 cdef arena_t *add_arena(
     page_heap_t *pages, size_t nbytes, size_t align_bytes, bint dedicated, int *error
 ) noexcept nogil:
@@ -99,8 +112,8 @@ cdef arena_t *add_arena(
     if arena == NULL:
         return NULL
     arena.dedicated = dedicated
-    error[0] = page_map_set(
-        pages.map, arena.address, arena.nbytes, pages.owner, arena
+    error[0] = page_map_add(
+        pages.map, arena.address, mapped_bytes(arena), pages.owner, arena
     )
     if error[0] == 0:
         error[0] = free_runs_add_arena(
@@ -108,7 +121,9 @@ cdef arena_t *add_arena(
             <int64_t>(nbytes // pages.page_bytes) if dedicated else arena.n_pages
         )
         if error[0]:
-            page_map_clear(pages.map, arena.address, arena.nbytes)
+            page_map_recycle(
+                pages.map, page_map_detach(pages.map, arena.address, mapped_bytes(arena))
+            )
     if error[0]:
         arena_abandon(arena)
         return NULL
@@ -122,6 +137,23 @@ cdef arena_t *add_arena(
     return arena
 
 
+cdef bint keep_arena(page_heap_t *pages, arena_t *arena, chunk_t *chunks) noexcept nogil:
+    """Enter an arena again that the kernel refused to unmap; False if there is no memory to.
+
+    It is entered as a whole, also if it was made for one request.
+    """
+    cdef size_t nbytes = mapped_bytes(arena)
+    if nbytes < arena.nbytes and page_map_add(
+        pages.map, arena.address + nbytes, arena.nbytes - nbytes, pages.owner, arena
+    ) != 0:
+        return False
+    page_map_attach(pages.map, arena.address, chunks, pages.owner, arena)
+    arena.dedicated = False
+    free_runs_add_arena(&pages.free, arena, arena.n_pages)  # with the descriptor just given up
+    poison(arena.address, arena.nbytes)
+    return True
+
+
 cdef int drop_arena(page_heap_t *pages, arena_t *arena) noexcept nogil:
     """Unmap an arena that is one free run.
 
@@ -129,18 +161,18 @@ cdef int drop_arena(page_heap_t *pages, arena_t *arena) noexcept nogil:
     whose pages serve the next request.
     """
     cdef arena_t gone = arena[0]
+    cdef chunk_t *chunks
     cdef int error
     # Out of the map first: once unmapped, the addresses may become another heap's at any moment.
-    page_map_clear(pages.map, gone.address, gone.nbytes)
+    chunks = page_map_detach(pages.map, gone.address, mapped_bytes(arena))
     free_runs_remove_arena(&pages.free, arena)
     unpoison(gone.address, gone.nbytes)
     error = arena_delete(arena)
-    if error:
-        arena.dedicated = False
-        page_map_set(pages.map, arena.address, arena.nbytes, pages.owner, arena)
-        free_runs_add_arena(&pages.free, arena, arena.n_pages)  # the descriptor just given up
-        poison(arena.address, arena.nbytes)
+    if error and keep_arena(pages, arena, chunks):
         return error
+    if error:
+        arena_abandon(arena)
+    page_map_recycle(pages.map, chunks)
     if gone.next != NULL:
         gone.next.previous = gone.previous
     if gone.previous != NULL:
@@ -232,29 +264,54 @@ cdef run_t *find_affordable(
     return NULL
 
 
+cdef void set_class(page_heap_t *pages, const run_t *run, uint16_t size_class) noexcept nogil:
+    """Enter a run's class at its first page, a slab's at each of its pages."""
+    cdef int64_t page_bytes = <int64_t>pages.page_bytes
+    cdef int64_t n_pages = run.n_pages if run.state == RUN_SLAB else 1
+    cdef int64_t i
+    cdef char *address = run.address
+    for i in range(n_pages):
+        atomic_store_u16(class_at(pages, address), size_class)
+        address += page_bytes
+
+
+cdef inline uint16_t *class_at(page_heap_t *pages, const char *address) noexcept nogil:
+    return &page_map_chunk(pages.map, address).class_of_page[
+        (<uintptr_t>address & (CHUNK_BYTES - 1)) // pages.page_bytes
+    ]
+
+
 cdef void commit(page_heap_t *pages, const run_t *run, bint *fresh) noexcept nogil:
     cdef arena_t *arena = <arena_t *>run.arena
     cdef int64_t n_committed = arena.n_committed
     fresh[0] = arena_commit(arena, run.address, run.n_pages * <int64_t>pages.page_bytes)
     pages.committed_bytes += (arena.n_committed - n_committed) * <int64_t>arena.granule_bytes
     pages.used_pages += run.n_pages
-    pages.n_live_runs += run.state == RUN_LIVE
+    pages.n_runs_out += run.state == RUN_LIVE
 
 
 # ---------------------------------------------------------------------------------------------
 # What others call
 
-cdef run_t *page_heap_alloc(
-    page_heap_t *pages, int64_t n_pages, size_t align_bytes, uint8_t state, void *slab,
-    bint *fresh, int *error
+cdef bint page_heap_has_own_arena(
+    const page_heap_t *pages, int64_t n_pages, size_t align_bytes
 ) noexcept nogil:
-    """A run of exactly `n_pages` that starts on `align_bytes`, in `state` (RUN_LIVE or RUN_SLAB).
+    """True for a request that gets an arena made for it."""
+    return <size_t>n_pages * pages.page_bytes > pages.arena_bytes // 2 or align_bytes > CHUNK_BYTES
+
+
+cdef run_t *page_heap_alloc(
+    page_heap_t *pages, int64_t n_pages, size_t align_bytes, uint16_t size_class, void *slab,
+    bint may_grow, bint *fresh, int *error
+) noexcept nogil:
+    """A run of exactly `n_pages` of `size_class` that starts on `align_bytes`; `slab`'s, if any.
 
     `fresh` tells that the memory is untouched since the kernel gave it, so zero.  NULL with
-    ERROR_BUDGET or an errno value in `error` if it cannot be had; nothing has changed then.
+    ERROR_BUDGET, ERROR_GROWTH or an errno value in `error` if it cannot be had; nothing has changed
+    then.
     """
     cdef size_t nbytes = <size_t>n_pages * pages.page_bytes
-    cdef bint dedicated = nbytes > pages.arena_bytes // 2 or align_bytes > CHUNK_BYTES
+    cdef bint dedicated = page_heap_has_own_arena(pages, n_pages, align_bytes)
     cdef run_t *run = NULL
     cdef arena_t *grown = NULL
     cdef char *start
@@ -265,7 +322,9 @@ cdef run_t *page_heap_alloc(
     else:
         if not dedicated:
             run = free_runs_fit(&pages.free, n_pages, align_bytes)
-        if run == NULL:
+        if run == NULL and not may_grow:
+            error[0] = ERROR_GROWTH
+        elif run == NULL:
             grown = add_arena(
                 pages, nbytes if dedicated else pages.arena_bytes, align_bytes, dedicated, error
             )
@@ -279,9 +338,11 @@ cdef run_t *page_heap_alloc(
             error[0] = ERROR_BUDGET
     if run != NULL:
         start = aligned_start(run, align_bytes)
-        if free_runs_carve(&pages.free, run, start, n_pages, state, slab):
+        if free_runs_carve(
+            &pages.free, run, start, n_pages, RUN_LIVE if slab == NULL else RUN_SLAB, slab
+        ):
             commit(pages, run, fresh)
-            unpoison(run.address, nbytes)
+            set_class(pages, run, size_class)
         else:
             error[0] = ENOMEM
     if error[0] and grown != NULL:
@@ -290,48 +351,39 @@ cdef run_t *page_heap_alloc(
     return run if error[0] == 0 else NULL
 
 
-cdef void take_back(page_heap_t *pages, run_t *run) noexcept nogil:
-    """Merge a run that was in use with its free neighbours; its dedicated arena goes."""
-    cdef arena_t *arena = <arena_t *>run.arena
-    poison(run.address, <size_t>run.n_pages * pages.page_bytes)
-    pages.used_pages -= run.n_pages
-    pages.n_live_runs -= run.state == RUN_LIVE
-    free_runs_merge(&pages.free, run)
-    if arena.dedicated:
-        drop_arena(pages, arena)    # refused: it stays, for the next request
+cdef void page_heap_free(page_heap_t *pages, char *const *addresses, int64_t n) noexcept nogil:
+    """Take back runs and slabs by where they start, and merge each with its free neighbours.
 
-
-cdef void page_heap_free_slab(page_heap_t *pages, run_t *run) noexcept nogil:
-    """Take back the run of a slab whose slots are all free."""
-    mutex_lock(&pages.mutex)
-    take_back(pages, run)
-    mutex_unlock(&pages.mutex)
-
-
-cdef int page_heap_free_at(page_heap_t *pages, char *address, void **slab) noexcept nogil:
-    """Take back the live run that starts at `address`: FREED, NOT_OURS or NOT_LIVE.
-
-    IN_SLAB, with the slab that holds it, for an address in one.  All under one hold of the mutex:
-    of several threads that free the same address, exactly one succeeds.
+    A dedicated arena goes back to the kernel; refused, it stays for the next request.
     """
+    cdef int64_t i
     cdef arena_t *arena
-    cdef run_t *run = NULL
-    cdef int outcome = NOT_OURS
+    cdef run_t *run
     mutex_lock(&pages.mutex)
-    arena = <arena_t *>page_map_find(pages.map, address, pages.owner)
-    if arena != NULL:
-        run = arena.run_of_page[(address - arena.address) // <int64_t>pages.page_bytes]
-    if run != NULL and run.state == RUN_SLAB:
-        slab[0] = run.slab
-        outcome = IN_SLAB
-    elif run != NULL and run.address == address:    # not the last page, not inside the first
-        if run.state == RUN_LIVE:
-            take_back(pages, run)
-            outcome = FREED
-        else:
-            outcome = NOT_LIVE
+    for i in range(n):
+        arena = <arena_t *>page_map_arena(pages.map, addresses[i], pages.owner)
+        run = arena.run_of_page[(addresses[i] - arena.address) // <int64_t>pages.page_bytes]
+        poison(run.address, <size_t>run.n_pages * pages.page_bytes)
+        set_class(pages, run, 0)
+        pages.used_pages -= run.n_pages
+        pages.n_runs_out -= run.state == RUN_LIVE
+        free_runs_merge(&pages.free, run)
+        if arena.dedicated:
+            drop_arena(pages, arena)
     mutex_unlock(&pages.mutex)
-    return outcome
+
+
+cdef size_t page_heap_run_bytes(page_heap_t *pages, const char *address) noexcept nogil:
+    """The length of the run that is out and starts at `address`."""
+    cdef size_t nbytes
+    cdef arena_t *arena
+    mutex_lock(&pages.mutex)
+    arena = <arena_t *>page_map_arena(pages.map, address, pages.owner)
+    nbytes = <size_t>arena.run_of_page[
+        (address - arena.address) // <int64_t>pages.page_bytes
+    ].n_pages * pages.page_bytes
+    mutex_unlock(&pages.mutex)
+    return nbytes
 
 
 cdef int64_t page_heap_trim(page_heap_t *pages) noexcept nogil:
@@ -375,6 +427,22 @@ cdef int64_t page_heap_report(
     return i
 
 
+cdef const char *check_classes(page_heap_t *pages, const arena_t *arena) noexcept nogil:
+    """What the page map says of each page, against the run it belongs to."""
+    cdef int64_t page, page_bytes = <int64_t>pages.page_bytes
+    cdef run_t *run = NULL
+    cdef char *address = arena.address
+    cdef bint is_start
+    for page in range(<int64_t>mapped_bytes(arena) // page_bytes):
+        if arena.run_of_page[page] != NULL:
+            run = arena.run_of_page[page]
+        is_start = run.state == RUN_SLAB or (run.state == RUN_LIVE and run.address == address)
+        if (class_at(pages, address)[0] != 0) != is_start:
+            return "a page's class is not that of the run or slab it belongs to"
+        address += page_bytes
+    return NULL
+
+
 cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil:
     """NULL, or which invariant is broken."""
     cdef int64_t n_free = 0, n_live = 0, used_pages = 0, reserved_bytes = 0, committed_bytes = 0
@@ -385,12 +453,14 @@ cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil:
     while arena != NULL and broken == NULL:
         broken = free_runs_check_arena(&pages.free, arena, &n_free, &n_live, &used_pages)
         if broken == NULL and (
-            page_map_find(pages.map, arena.address, pages.owner) != arena
-            or page_map_find(
-                pages.map, arena.address + arena.nbytes - 1, pages.owner
+            page_map_arena(pages.map, arena.address, pages.owner) != arena
+            or page_map_arena(
+                pages.map, arena.address + mapped_bytes(arena) - 1, pages.owner
             ) != arena
         ):
             broken = "the page map does not lead to an arena"
+        if broken == NULL:
+            broken = check_classes(pages, arena)
         reserved_bytes += <int64_t>arena.nbytes
         committed_bytes += arena.n_committed * <int64_t>arena.granule_bytes
         arena = arena.next
@@ -399,8 +469,8 @@ cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil:
             broken = "the tree does not hold exactly the free runs"
         elif used_pages != pages.used_pages:
             broken = "used_pages is not the sum of live runs and slabs"
-        elif n_live != pages.n_live_runs:
-            broken = "n_live_runs is not the number of live runs"
+        elif n_live != pages.n_runs_out:
+            broken = "n_runs_out is not the number of runs in use"
         elif reserved_bytes != pages.reserved_bytes:
             broken = "reserved_bytes is not the sum of the arenas"
         elif committed_bytes != pages.committed_bytes:

@@ -1,12 +1,12 @@
-"""Address -> arena, for every address of the process.
+"""Address -> chunk, for every address of the process.
 
 A two-level table over 2 MiB chunks of a 48-bit address space: the root has 2^13 entries, a leaf
-2^14.  Reads take no lock (two acquire loads); writers hold the map's mutex.  A leaf, once made,
-stays: at 256 KiB of mostly untouched memory for 32 GiB of addresses that is cheaper than proving
-that nobody reads it.
+2^14.  Reads take no lock; writers hold the map's mutex.  A leaf, once made, stays, and so does the
+memory of a chunk's descriptor, which serves another chunk later: whoever follows a pointer that was
+freed long ago finds a descriptor, and in it that nothing is live there.
 """
 
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport uint8_t, uint16_t, uintptr_t
 
 from pagealloc.core.atomics cimport atomic_load_ptr
 from pagealloc.core.mutex cimport mutex_t
@@ -14,40 +14,56 @@ from pagealloc.core.mutex cimport mutex_t
 cdef enum:
     CHUNK_BITS = 21                 # 2 MiB
     CHUNK_BYTES = 1 << CHUNK_BITS
+    CHUNK_MAX_PAGES = CHUNK_BYTES // 4096
+    CHUNK_MAX_SLOTS = CHUNK_BYTES // 64
     LEAF_BITS = 14
     ROOT_BITS = 13
     LEAF_ENTRIES = 1 << LEAF_BITS
     ROOT_ENTRIES = 1 << ROOT_BITS
 
-cdef struct page_map_entry_t:
-    void *owner                     # the heap; set last and cleared first
-    void *value                     # its arena
+cdef struct chunk_t:                # 25 cache lines: an odd number spreads them over the cache
+    void *owner                     # the heap; set last and cleared first; atomic
+    void *arena
+    uint8_t *state_of_slot          # of every 64 bytes, used as far as slabs have slots; atomic
+    chunk_t *next                   # in a list of chunks that are in no place
+    void *padding[4]
+    # The class of the run that starts at a page, or of the slab that covers it; 0: neither; atomic
+    uint16_t class_of_page[CHUNK_MAX_PAGES]
+    uint8_t state_of_page[CHUNK_MAX_PAGES]      # of the run that starts there; atomic
 
 cdef struct page_map_t:
     mutex_t mutex                   # writers
-    void *leaves[ROOT_ENTRIES]      # page_map_entry_t[LEAF_ENTRIES] each, or NULL
+    chunk_t *unused                 # descriptors; all their states and classes are 0
+    void *leaves[ROOT_ENTRIES]      # chunk_t *[LEAF_ENTRIES] each, or NULL
 
 cdef void page_map_init(page_map_t *map) noexcept nogil
-cdef int page_map_set(
-    page_map_t *map, const void *address, size_t nbytes, void *owner, void *value
+cdef int page_map_add(
+    page_map_t *map, const void *address, size_t nbytes, void *owner, void *arena
 ) noexcept nogil
-cdef void page_map_clear(page_map_t *map, const void *address, size_t nbytes) noexcept nogil
+cdef chunk_t *page_map_detach(page_map_t *map, const void *address, size_t nbytes) noexcept nogil
+cdef void page_map_attach(
+    page_map_t *map, const void *address, chunk_t *chunks, void *owner, void *arena
+) noexcept nogil
+cdef void page_map_recycle(page_map_t *map, chunk_t *chunks) noexcept nogil
 
 
-cdef inline void *page_map_find(
-    page_map_t *map, const void *address, const void *owner
-) noexcept nogil:
-    """The arena that holds `address` if it is `owner`'s; NULL for foreign memory.
-
-    Another owner's arena is compared by the entry alone, never followed: it may be unmapped at
-    any moment.
-    """
+cdef inline chunk_t *page_map_chunk(page_map_t *map, const void *address) noexcept nogil:
+    """The descriptor of the chunk that holds `address`, whoever owns it; NULL if nobody does."""
     cdef uintptr_t chunk = <uintptr_t>address >> CHUNK_BITS
-    cdef page_map_entry_t *entry
+    cdef void **leaf
     if chunk >> (LEAF_BITS + ROOT_BITS):
         return NULL
-    entry = <page_map_entry_t *>atomic_load_ptr(&map.leaves[chunk >> LEAF_BITS])
-    if entry == NULL:
+    leaf = <void **>atomic_load_ptr(&map.leaves[chunk >> LEAF_BITS])
+    if leaf == NULL:
         return NULL
-    entry += chunk & (LEAF_ENTRIES - 1)
-    return entry.value if atomic_load_ptr(&entry.owner) == owner else NULL
+    return <chunk_t *>atomic_load_ptr(&leaf[chunk & (LEAF_ENTRIES - 1)])
+
+
+cdef inline void *page_map_arena(
+    page_map_t *map, const void *address, const void *owner
+) noexcept nogil:
+    """The arena that holds `address` if it is `owner`'s; NULL for foreign memory."""
+    cdef chunk_t *chunk = page_map_chunk(map, address)
+    if chunk == NULL or atomic_load_ptr(&chunk.owner) != owner:
+        return NULL
+    return chunk.arena

@@ -10,17 +10,17 @@ from libc.stdint cimport uint8_t, uint32_t
 
 cdef enum:
     SLOT_UNIT_BYTES = 64        # a cache line: the least alignment ever promised
-    MAX_CLASSES = 64
+    MAX_SLOT_CLASSES = 64
     MAX_PAGE_BYTES = 65536
     MAX_LOOKUP = MAX_PAGE_BYTES // 2 // SLOT_UNIT_BYTES
     SLAB_BYTES = 65536          # a slab is this long, or one page where pages are longer
-    NO_CLASS = 255
+    NO_CLASS = 0                # no slots serve the request; classes count from 1
 
 cdef struct size_classes_t:
-    int n_classes
+    int n_classes                           # they are 1 .. n_classes
     size_t page_bytes
     size_t largest_bytes                    # half a page; above it a page run is the better fit
-    uint32_t slot_bytes[MAX_CLASSES]
+    uint32_t slot_bytes[MAX_SLOT_CLASSES + 1]
     uint8_t class_of_units[MAX_LOOKUP + 1]  # index: request in units of 64 bytes, rounded up
 
 cdef void size_classes_init(size_classes_t *table, size_t page_bytes) noexcept nogil

@@ -5,7 +5,7 @@ Purpose
 Structure
     request --(round up to 64 B)--> class_of_units[] --> class --> slot_bytes[]
 Invariants
-    slot_bytes is strictly rising; slot_bytes[i] % 64 == 0; slot_bytes[i] <= page_bytes / 2
+    slot_bytes[1 .. n_classes] is strictly rising; all are multiples of 64, at most page_bytes / 2
     every power of two from 64 to page_bytes / 2 is a class
     slot_bytes[class_of(n)] >= n, and no smaller class is
 Locking
@@ -25,17 +25,17 @@ cdef void size_classes_init(size_classes_t *table, size_t page_bytes) noexcept n
     is left out; with 4 KiB pages that makes 14 classes.
     """
     cdef size_t n_slots, slot, last = 0, unit
-    cdef int i = 0
+    cdef int i = 1
     table.n_classes = 0
     table.page_bytes = page_bytes
     table.largest_bytes = page_bytes // 2
     for n_slots in range(page_bytes // SLOT_UNIT_BYTES, 1, -1):
         slot = page_bytes // n_slots // SLOT_UNIT_BYTES * SLOT_UNIT_BYTES
-        if slot == last or table.n_classes == MAX_CLASSES:
+        if slot == last or table.n_classes == MAX_SLOT_CLASSES:
             continue
         if slot & (slot - 1) == 0 or slot * 10 >= last * 11:
-            table.slot_bytes[table.n_classes] = <uint32_t>slot
             table.n_classes += 1
+            table.slot_bytes[table.n_classes] = <uint32_t>slot
             last = slot
     for unit in range(table.largest_bytes // SLOT_UNIT_BYTES + 1):
         while table.slot_bytes[i] < unit * SLOT_UNIT_BYTES:
@@ -56,7 +56,7 @@ cdef int size_class_aligned(
         return NO_CLASS
     while table.slot_bytes[i] % align_bytes != 0:   # the next power of two ends this
         i += 1
-        if i == table.n_classes:
+        if i > table.n_classes:
             return NO_CLASS
     return i
 
@@ -72,7 +72,7 @@ def slot_sizes_bytes(page_bytes: int) -> list[int]:
     """Return the slot sizes of all classes for pages of `page_bytes`, smallest first."""
     cdef size_classes_t table
     init_checked(&table, page_bytes)
-    return [table.slot_bytes[i] for i in range(table.n_classes)]
+    return [table.slot_bytes[i] for i in range(1, table.n_classes + 1)]
 
 
 def slot_size_bytes(nbytes: int, align_bytes: int, page_bytes: int) -> int | None:
