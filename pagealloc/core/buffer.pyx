@@ -14,11 +14,10 @@ Units
 """
 
 cimport cython
-from libc.stdint cimport uint32_t, uintptr_t
+from libc.stdint cimport uintptr_t
 
 from pagealloc.core.export cimport fill_buffer
 from pagealloc.core.heap cimport (
-    FREE_SLOW,
     heap_alloc_fast,
     heap_alloc_slow,
     heap_free_fast,
@@ -109,17 +108,14 @@ cdef class Buffer:
         """Give the memory back: the heap's answer."""
         cdef heap_t *heap = self.owner.heap     # open, for this memory is live in it
         cdef char *memory = self.memory
-        cdef uint32_t size_class
-        cdef int outcome
+        cdef int outcome = FREED
         self.memory = NULL
-        outcome = heap_free_fast(heap, memory, &size_class)
-        if outcome == FREE_SLOW:
+        if not heap_free_fast(heap, memory):
             self.owner.forget_lost_calls()
             self.owner.n_calls += 1
             with nogil:
-                heap_free_slow(heap, memory, size_class)
+                outcome = heap_free_slow(heap, memory)
             self.owner.leave()
-            outcome = FREED
         return outcome
 
     def __getbuffer__(self, Py_buffer *view, int flags):

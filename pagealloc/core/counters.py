@@ -69,6 +69,9 @@ class AllocatorStats:
         Buffers open now; requests served, given back, and refused since the start.
     n_collections : int
         How often the allocator went through what is idle (see `PageAllocator.collect`).
+    n_conflicts : int
+        Blocks of the whole process that two threads freed in the same instant, one of them the
+        block's own: both were told that it worked, and it was freed once.  A defect of the program.
     abandoned_bytes : int
         Address space of the whole process that the kernel refused to take back (munmap).
     arenas : tuple of ArenaStats
@@ -86,6 +89,7 @@ class AllocatorStats:
     n_frees: int
     n_failed: int
     n_collections: int
+    n_conflicts: int
     abandoned_bytes: int
     arenas: tuple[ArenaStats, ...]
     classes: tuple[ClassStats, ...]

@@ -4,12 +4,7 @@ All functions are nogil and may be called from any thread.  The fast ones never 
 enter the kernel; what they cannot do goes on in the function named `_slow`.
 """
 
-from libc.stdint cimport uint32_t
-
 from pagealloc.core.heap_state cimport heap_t
-
-cdef enum:
-    FREE_SLOW = 3       # the block is free, and heap_free_slow() has to put it away
 
 cdef char *heap_alloc(
     heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error
@@ -18,11 +13,10 @@ cdef char *heap_alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noex
 cdef char *heap_alloc_slow(
     heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error
 ) noexcept nogil
-cdef char *heap_alloc_class(heap_t *heap, uint32_t size_class) noexcept nogil
 
 cdef int heap_free(heap_t *heap, char *address) noexcept nogil
-cdef int heap_free_fast(heap_t *heap, char *address, uint32_t *size_class) noexcept nogil
-cdef void heap_free_slow(heap_t *heap, char *address, uint32_t size_class) noexcept nogil
+cdef bint heap_free_fast(heap_t *heap, char *address) noexcept nogil
+cdef int heap_free_slow(heap_t *heap, char *address) noexcept nogil
 
 cdef int heap_alloc_many(
     heap_t *heap, size_t nbytes, size_t align_bytes, size_t n, char **addresses, int *error

@@ -3,14 +3,13 @@
 Purpose
     Hand out a block, and take one back, in one straight line of instructions.
 Structure
-    heap_alloc(n) -> class: one shift, one load -> this thread's magazine: pop -> mark it live
-                  -> empty: heap_alloc_slow -> central list -> slab or page run -> the kernel
-    heap_free(p)  -> page map -> chunk -> class; live -> free -> this thread's magazine: push
-                  -> full: heap_free_slow -> central list
+    alloc(n) -> class: a shift, a load -> this thread's magazine: pop -> mark it as its own
+             -> empty: heap_alloc_slow -> inbox, central list -> slab or page run -> the kernel
+    free(p)  -> page map -> chunk -> class; its own, and live -> this thread's magazine: push
+             -> else heap_free_slow: full -> central list; another thread's -> outbox
 Invariants
-    a block's state is the heap's live_mark from when it is handed out until it is freed, and 0
-    otherwise; who changes it from the one to the other, by compare-and-swap, owns it
-    the state, classes and magazines are all there is on the fast path: no other memory is touched
+    those of block_map about states; a block in a caller's hands is live
+    the fast path touches the page map's tables, the magazine and the heap's head, and nothing else
 Locking
     None on the fast path.  The slow one holds no lock while it calls another room.
 Units
@@ -30,21 +29,31 @@ from pagealloc.core.atomics cimport (
     atomic_store_u8,
     atomic_swap_u8,
 )
-from pagealloc.core.central cimport (
-    central_give_back,
-    central_put,
-    central_take,
-    count_trailing_zeros,
-    run_key,
+from pagealloc.core.block_map cimport (
+    LIKELY,
+    STATE_FIRST_TAG,
+    STATE_FREE,
+    STATE_RETURNING,
+    STATE_SHARED,
+    block_chunk,
+    block_class,
+    block_state,
+    known_block_state,
 )
-from pagealloc.core.heap_state cimport (
-    MAX_HEAPS,
+from pagealloc.core.central cimport central_give_back, central_put, central_take, run_key
+from pagealloc.core.heap_caches cimport (
     heap_add_cache,
     heap_collect_if_due,
+    heap_deliver,
     heap_idle_bytes,
-    heap_key_hint,
     heap_reclaim,
-    heap_retire_cache,
+    heap_return_block,
+)
+from pagealloc.core.heap_life cimport heap_end_thread
+from pagealloc.core.heap_state cimport (
+    MAX_HEAPS,
+    heap_come_near,
+    heap_key_hint,
     heap_run_class,
     heap_t,
 )
@@ -57,17 +66,18 @@ from pagealloc.core.page_heap cimport (
     page_heap_has_own_arena,
     page_heap_run_bytes,
 )
-from pagealloc.core.page_map cimport chunk_t, page_map_chunk
+from pagealloc.core.page_map cimport chunk_t
 from pagealloc.core.page_run cimport run_t
 from pagealloc.core.size_class cimport NO_CLASS, SLOT_UNIT_BYTES, size_class_aligned, size_class_of
 from pagealloc.core.thread_cache cimport (
-    FIRST_RUN_CLASS,
     UNCACHED_RUN,
     magazine_pop,
     magazine_push,
+    thread_cache_free,
     thread_cache_new,
+    thread_cache_put,
     thread_cache_refill,
-    thread_cache_spill,
+    thread_cache_return,
     thread_cache_t,
 )
 
@@ -83,6 +93,11 @@ cdef struct cache_entry_t:
 cdef struct thread_t:
     cache_entry_t entries[MAX_HEAPS + 1]    # by heap id; the last one stays empty
 
+cdef extern from "<pthread.h>" nogil:
+    ctypedef unsigned int pthread_key_t
+    int pthread_key_create(pthread_key_t *key, void (*destructor)(void *) noexcept nogil)
+    int pthread_setspecific(pthread_key_t key, const void *value)
+
 cdef extern from * nogil:
     """
     /* One pointer a thread, in this module and no other.  It is never NULL: a thread that has no
@@ -92,17 +107,7 @@ cdef extern from * nogil:
     #else
     #define PAGEALLOC_TLS
     #endif
-    #include <pthread.h>
-    #define LIKELY(condition) __builtin_expect(!!(condition), 1)
-    """
-    bint LIKELY(bint condition)
-    ctypedef unsigned int pthread_key_t
-    int pthread_key_create(pthread_key_t *key, void (*destructor)(void *) noexcept nogil)
-    int pthread_setspecific(pthread_key_t key, const void *value)
-
-cdef extern from * nogil:
-    """
-    static char pagealloc_no_thread[(1024 + 1) * 16];
+    static char pagealloc_no_thread[(1024 + 1) * 16] __attribute__((aligned(16)));
     static __thread void *pagealloc_thread PAGEALLOC_TLS = pagealloc_no_thread;
     static inline void pagealloc_set_thread(void *thread) { pagealloc_thread = thread; }
     """
@@ -113,38 +118,15 @@ cdef extern from * nogil:
 cdef pthread_key_t thread_key
 
 
+cdef inline cache_entry_t *entry_of(const heap_t *heap) noexcept nogil:
+    """This thread's place for its cache of the heap."""
+    return &(<thread_t *>this_thread).entries[heap.id]
+
+
 cdef inline thread_cache_t *cache_of(const heap_t *heap) noexcept nogil:
     """This thread's cache for the heap; NULL if it has none yet."""
-    cdef cache_entry_t *entry = &(<thread_t *>this_thread).entries[heap.id]
-    return entry.cache if LIKELY(entry.generation == heap.generation) else NULL
-
-
-# ---------------------------------------------------------------------------------------------
-# What a block's state is, and where
-
-cdef inline uint8_t *state_of(
-    const heap_t *heap, chunk_t *chunk, const char *address, uint32_t size_class
-) noexcept nogil:
-    """The state byte of the block that starts at `address`; NULL if none of the class can."""
-    cdef size_t page = (<uintptr_t>address >> heap.page_shift) & heap.chunk_page_mask
-    cdef size_t offset = <uintptr_t>address & heap.page_mask
-    cdef size_t slot
-    if size_class >= FIRST_RUN_CLASS:
-        return &chunk.state_of_page[page] if LIKELY(offset == 0) else NULL
-    slot = offset * heap.slots[size_class].reciprocal >> 32
-    if slot * heap.slots[size_class].nbytes != offset:
-        return NULL
-    return &chunk.state_of_slot[(page << (heap.page_shift - 6)) + slot]
-
-
-cdef inline char *hand_out(heap_t *heap, char *address, uint32_t size_class) noexcept nogil:
-    """Mark a free block that nobody else has as live."""
-    if HAS_POISON:
-        unpoison(address, block_bytes(heap, address, size_class))
-    atomic_store_u8(
-        state_of(heap, page_map_chunk(heap.map, address), address, size_class), heap.live_mark
-    )
-    return address
+    cdef cache_entry_t *entry = entry_of(heap)
+    return entry.cache if entry.generation == heap.generation else NULL
 
 
 cdef size_t block_bytes(heap_t *heap, const char *address, uint32_t size_class) noexcept nogil:
@@ -156,52 +138,40 @@ cdef size_t block_bytes(heap_t *heap, const char *address, uint32_t size_class) 
 # ---------------------------------------------------------------------------------------------
 # alloc
 
-cdef inline uint32_t class_of(const heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
-    """The size class of a request; 0: not known yet."""
-    if LIKELY(align_bytes <= SLOT_UNIT_BYTES and nbytes <= heap.largest_table_bytes):
-        if nbytes <= heap.classes.largest_bytes:
-            return size_class_of(&heap.classes, nbytes)
-        return atomic_load_u16(
-            &heap.class_of_pages[(nbytes + heap.page_mask) >> heap.page_shift]
-        )
-    return class_of_unusual(heap, nbytes, align_bytes)
-
-
-cdef inline int64_t key_of(const heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
-    """The key of the runs that serve a request."""
-    return run_key(
-        <int64_t>((nbytes >> heap.page_shift) + ((nbytes & heap.page_mask) != 0)),
-        align_bytes if align_bytes > heap.page_mask else heap.page_mask + 1
-    )
-
-
-cdef uint32_t class_of_unusual(
-    const heap_t *heap, size_t nbytes, size_t align_bytes
+cdef inline char *hand_out(
+    heap_t *heap, char *address, uint32_t size_class, uint8_t tag
 ) noexcept nogil:
-    """As class_of, for what is aligned to more than usual or larger than the table."""
-    cdef int64_t key
-    cdef uint32_t size_class = NO_CLASS
-    if align_bytes <= heap.classes.largest_bytes:
-        size_class = size_class_aligned(&heap.classes, nbytes, align_bytes)
-    if size_class != NO_CLASS:
-        return size_class
-    if align_bytes <= heap.page_mask + 1 and nbytes <= heap.largest_table_bytes:
-        return atomic_load_u16(
-            &heap.class_of_pages[(nbytes + heap.page_mask) >> heap.page_shift]
-        )
-    key = key_of(heap, nbytes, align_bytes)
-    size_class = atomic_load_u16(&heap.key_hints[heap_key_hint(key)])
-    return size_class if atomic_load_i64(&heap.centrals[size_class].key) == key else 0
+    """Mark a free block that nobody else has as live."""
+    if HAS_POISON:
+        unpoison(address, block_bytes(heap, address, size_class))
+    atomic_store_u8(known_block_state(&heap.blocks, address, size_class), tag)
+    return address
 
 
-cdef inline char *alloc_class(heap_t *heap, uint32_t size_class) noexcept nogil:
+cdef inline char *pop(heap_t *heap, uint32_t size_class) noexcept nogil:
     """A block from this thread's magazine; NULL if that takes more than a few nanoseconds."""
-    cdef thread_cache_t *cache = cache_of(heap)
+    cdef cache_entry_t *entry = entry_of(heap)
     cdef char *address
-    if cache == NULL:
-        return NULL
-    address = magazine_pop(cache, size_class)
-    return hand_out(heap, address, size_class) if LIKELY(address != NULL) else NULL
+    if LIKELY(entry.generation == heap.generation):
+        address = magazine_pop(entry.cache, size_class)
+        if LIKELY(address != NULL):
+            return hand_out(heap, address, size_class, entry.cache.tag)
+    return NULL
+
+
+cdef char *heap_alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+    """Memory of `nbytes`, aligned to `align_bytes` (a power of two; 0: the default).
+
+    NULL where it takes heap_alloc_slow, also for what no allocation can serve.  It is never fresh.
+    """
+    if LIKELY(align_bytes <= SLOT_UNIT_BYTES and nbytes <= heap.largest_table_bytes):
+        return pop(heap, (
+            size_class_of(&heap.classes, nbytes) if nbytes <= heap.classes.largest_bytes
+            else atomic_load_u16(
+                &heap.class_of_pages[(nbytes + heap.blocks.page_mask) >> heap.blocks.page_shift]
+            )
+        ))
+    return pop(heap, class_of_unusual(heap, nbytes, align_bytes))
 
 
 cdef char *heap_alloc(
@@ -211,20 +181,39 @@ cdef char *heap_alloc(
 
     `fresh` tells that it is zero.  NULL with an errno value or a code in `error` if refused.
     """
-    cdef char *address = alloc_class(heap, class_of(heap, nbytes, align_bytes))
+    cdef char *address = heap_alloc_fast(heap, nbytes, align_bytes)
     fresh[0] = False
     if LIKELY(address != NULL):
         return address
     return heap_alloc_slow(heap, nbytes, align_bytes, fresh, error)
 
 
-cdef char *heap_alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
-    """As heap_alloc; NULL where that goes on to heap_alloc_slow.  Its memory is never fresh."""
-    return alloc_class(heap, class_of(heap, nbytes, align_bytes))
+cdef inline int64_t key_of(const heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+    """The key of the runs that serve a request."""
+    return run_key(
+        <int64_t>(
+            (nbytes >> heap.blocks.page_shift) + ((nbytes & heap.blocks.page_mask) != 0)
+        ),
+        align_bytes if align_bytes > heap.blocks.page_mask else heap.blocks.page_mask + 1
+    )
 
 
-cdef char *heap_alloc_class(heap_t *heap, uint32_t size_class) noexcept nogil:
-    return alloc_class(heap, size_class)
+cdef uint32_t class_of_unusual(
+    const heap_t *heap, size_t nbytes, size_t align_bytes
+) noexcept nogil:
+    """The class of what is aligned to more than usual, or larger than the table; 0: not known."""
+    cdef int64_t key
+    cdef uint32_t size_class
+    if align_bytes <= heap.blocks.page_mask + 1 and nbytes <= heap.largest_table_bytes:
+        size_class = size_class_aligned(&heap.classes, nbytes, align_bytes)
+        if size_class != NO_CLASS:
+            return size_class
+        return atomic_load_u16(
+            &heap.class_of_pages[(nbytes + heap.blocks.page_mask) >> heap.blocks.page_shift]
+        )
+    key = key_of(heap, nbytes, align_bytes)
+    size_class = atomic_load_u16(&heap.key_hints[heap_key_hint(key)])
+    return size_class if atomic_load_i64(&heap.centrals[size_class].key) == key else 0
 
 
 cdef char *heap_alloc_slow(
@@ -236,7 +225,6 @@ cdef char *heap_alloc_slow(
     refused, all that is idle has been given up.
     """
     cdef int64_t key
-    cdef uint32_t size_class
     cdef char *address
     heap_collect_if_due(heap)
     address = take(heap, nbytes, align_bytes, False, fresh, error)
@@ -256,6 +244,8 @@ cdef char *heap_alloc_slow(
         address = take_run(heap, key_of(heap, nbytes, align_bytes), True, fresh, error)
     if address == NULL:
         atomic_add_i64(&heap.n_failed, 1)
+    elif heap.blocks.near_leaf == NULL:
+        heap_come_near(heap, address)
     return address
 
 
@@ -289,7 +279,7 @@ cdef char *take_run(
 cdef char *take_block(
     heap_t *heap, uint32_t size_class, int64_t key, bint may_grow, bint *fresh, int *error
 ) noexcept nogil:
-    """A block of a class, through this thread's magazine if it can have one."""
+    """A block of a class, through this thread's cache if it can have one."""
     cdef thread_cache_t *cache = cache_of(heap)
     cdef char *address = NULL
     if cache == NULL:
@@ -297,11 +287,13 @@ cdef char *take_block(
     if cache != NULL:
         cache.countdown = INT32_MAX
         address = thread_cache_refill(
-            cache, &heap.centrals[size_class], key, may_grow, fresh, error
+            cache, heap.centrals, &heap.blocks, size_class, key, may_grow, fresh, error
         )
     elif central_take(&heap.centrals[size_class], key, &address, 1, may_grow, fresh, error):
         atomic_add_i64(&heap.retired_allocs[size_class], 1)
-    return hand_out(heap, address, size_class) if address != NULL else NULL
+    if address == NULL:
+        return NULL
+    return hand_out(heap, address, size_class, STATE_SHARED if cache == NULL else cache.tag)
 
 
 cdef char *take_uncached(
@@ -315,62 +307,83 @@ cdef char *take_uncached(
         return NULL
     atomic_add_i64(&heap.centrals[UNCACHED_RUN].n_out, 1)
     atomic_add_i64(&heap.retired_allocs[UNCACHED_RUN], 1)
-    return hand_out(heap, run.address, UNCACHED_RUN)
+    return hand_out(heap, run.address, UNCACHED_RUN, STATE_SHARED)
 
 
 # ---------------------------------------------------------------------------------------------
 # free
 
-cdef inline int free_fast(heap_t *heap, char *address, uint32_t *size_class) noexcept nogil:
-    cdef chunk_t *chunk = page_map_chunk(heap.map, address)
-    cdef thread_cache_t *cache
+cdef bint heap_free_fast(heap_t *heap, char *address) noexcept nogil:
+    """Free a block that this thread had allocated; False where it takes heap_free_slow."""
+    cdef cache_entry_t *entry = entry_of(heap)
+    cdef chunk_t *chunk = block_chunk(&heap.blocks, address)
+    cdef uint32_t size_class
     cdef uint8_t *state
-    if chunk == NULL or atomic_load_ptr(&chunk.owner) != heap:
-        return NOT_OURS
-    size_class[0] = atomic_load_u16(
-        &chunk.class_of_page[(<uintptr_t>address >> heap.page_shift) & heap.chunk_page_mask]
-    )
-    state = state_of(heap, chunk, address, size_class[0])
-    if state == NULL:
-        return NOT_OURS
-    if HAS_POISON and atomic_load_u8(state) == heap.live_mark:
-        poison(address, block_bytes(heap, address, size_class[0]))
-    if not LIKELY(atomic_swap_u8(state, heap.live_mark, 0)):
-        return NOT_LIVE if size_class[0] else NOT_OURS
-    cache = cache_of(heap)
-    if LIKELY(cache != NULL and magazine_push(cache, size_class[0], address)):
-        return FREED
-    return FREE_SLOW
+    if LIKELY(
+        chunk != NULL and atomic_load_ptr(&chunk.owner) == heap
+        and entry.generation == heap.generation
+    ):
+        size_class = block_class(&heap.blocks, chunk, address)
+        state = block_state(&heap.blocks, chunk, address, size_class)
+        if LIKELY(state != NULL):
+            if HAS_POISON and atomic_load_u8(state) == entry.cache.own_state:
+                poison(address, block_bytes(heap, address, size_class))
+            return magazine_push(entry.cache, size_class, state, address)
+    return False
 
 
 cdef int heap_free(heap_t *heap, char *address) noexcept nogil:
     """Take back what heap_alloc gave: FREED, or NOT_OURS / NOT_LIVE and nothing changed."""
-    cdef uint32_t size_class
-    cdef int outcome = free_fast(heap, address, &size_class)
-    if LIKELY(outcome != FREE_SLOW):
-        return outcome
-    heap_free_slow(heap, address, size_class)
-    return FREED
+    if LIKELY(heap_free_fast(heap, address)):
+        return FREED
+    return heap_free_slow(heap, address)
 
 
-cdef int heap_free_fast(heap_t *heap, char *address, uint32_t *size_class) noexcept nogil:
-    """As heap_free; FREE_SLOW where that goes on to heap_free_slow."""
-    return free_fast(heap, address, size_class)
-
-
-cdef void heap_free_slow(heap_t *heap, char *address, uint32_t size_class) noexcept nogil:
-    """Put away a block that is free already, when the magazine has no room for it."""
+cdef int heap_free_slow(heap_t *heap, char *address) noexcept nogil:
+    """As heap_free, for a full magazine, another thread's block, and what is none."""
     cdef thread_cache_t *cache = cache_of(heap)
-    if size_class == UNCACHED_RUN:
-        central_give_back(&heap.centrals[UNCACHED_RUN], &address, 1)
-        return
+    cdef chunk_t *chunk = block_chunk(&heap.blocks, address)
+    cdef uint32_t size_class
+    cdef uint8_t *state
+    cdef uint8_t live
+    if chunk == NULL or atomic_load_ptr(&chunk.owner) != heap:
+        return NOT_OURS
+    size_class = block_class(&heap.blocks, chunk, address)
+    state = block_state(&heap.blocks, chunk, address, size_class)
+    if state == NULL or size_class == 0:
+        return NOT_OURS
     if cache == NULL:
         cache = new_cache(heap)
-    if cache != NULL:
-        thread_cache_spill(cache, &heap.centrals[size_class], address)
-    else:
+    live = atomic_load_u8(state)
+    if HAS_POISON and live >= STATE_FIRST_TAG:
+        poison(address, block_bytes(heap, address, size_class))
+    while live >= STATE_FIRST_TAG:
+        if cache != NULL and live == cache.own_state:
+            if thread_cache_free(cache, &heap.centrals[size_class], state, address):
+                heap_collect_if_due(heap)
+                return FREED
+        elif atomic_swap_u8(state, live, STATE_FREE if live == STATE_SHARED else STATE_RETURNING):
+            put_away(heap, cache, address, size_class, live)
+            heap_collect_if_due(heap)
+            return FREED
+        live = atomic_load_u8(state)
+    return NOT_LIVE
+
+
+cdef void put_away(
+    heap_t *heap, thread_cache_t *cache, char *address, uint32_t size_class, uint8_t tag
+) noexcept nogil:
+    """See to a block that this thread freed and another had allocated; `cache` may be NULL."""
+    if size_class == UNCACHED_RUN:
+        central_give_back(&heap.centrals[UNCACHED_RUN], &address, 1)
+    elif tag == STATE_SHARED and cache != NULL:
+        thread_cache_put(cache, &heap.centrals[size_class], address)
+    elif tag == STATE_SHARED:
         central_put(&heap.centrals[size_class], &address, 1)
-    heap_collect_if_due(heap)
+    elif cache == NULL:
+        heap_return_block(heap, address, tag)
+    elif thread_cache_return(cache, address, tag):
+        heap_deliver(heap, cache)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -380,17 +393,13 @@ cdef int heap_alloc_many(
     heap_t *heap, size_t nbytes, size_t align_bytes, size_t n, char **addresses, int *error
 ) noexcept nogil:
     """Fill `addresses` with `n` blocks: 0, or -1 with a code in `error` and none allocated."""
-    cdef uint32_t size_class = class_of(heap, nbytes, align_bytes)
     cdef bint fresh
     cdef size_t i
     for i in range(n):
-        addresses[i] = alloc_class(heap, size_class)
+        addresses[i] = heap_alloc(heap, nbytes, align_bytes, &fresh, error)
         if not LIKELY(addresses[i] != NULL):
-            addresses[i] = heap_alloc_slow(heap, nbytes, align_bytes, &fresh, error)
-            size_class = class_of(heap, nbytes, align_bytes)
-            if addresses[i] == NULL:
-                heap_free_many(heap, addresses, i)
-                return -1
+            heap_free_many(heap, addresses, i)
+            return -1
     return 0
 
 
@@ -404,16 +413,14 @@ cdef size_t heap_free_many(heap_t *heap, char *const *addresses, size_t n) noexc
 
 cdef size_t heap_usable_bytes(heap_t *heap, const char *address) noexcept nogil:
     """The length of the live block that starts at `address`; 0: there is none."""
-    cdef chunk_t *chunk = page_map_chunk(heap.map, address)
+    cdef chunk_t *chunk = block_chunk(&heap.blocks, address)
     cdef uint8_t *state
     cdef uint32_t size_class
     if chunk == NULL or atomic_load_ptr(&chunk.owner) != heap:
         return 0
-    size_class = atomic_load_u16(
-        &chunk.class_of_page[(<uintptr_t>address >> heap.page_shift) & heap.chunk_page_mask]
-    )
-    state = state_of(heap, chunk, address, size_class)
-    if state == NULL or atomic_load_u8(state) != heap.live_mark:
+    size_class = block_class(&heap.blocks, chunk, address)
+    state = block_state(&heap.blocks, chunk, address, size_class)
+    if state == NULL or atomic_load_u8(state) < STATE_FIRST_TAG:
         return 0
     return block_bytes(heap, address, size_class)
 
@@ -456,7 +463,7 @@ cdef void end_thread(void *value) noexcept nogil:
     set_this_thread(NO_THREAD)
     for i in range(MAX_HEAPS):
         if thread.entries[i].generation:
-            heap_retire_cache(i, thread.entries[i].generation, thread.entries[i].cache)
+            heap_end_thread(i, thread.entries[i].generation, thread.entries[i].cache)
     os_abandon(thread, whole_pages(sizeof(thread_t)))
 
 

@@ -32,18 +32,16 @@ from pagealloc.core.arena cimport (
     ERROR_NO_HUGE_PAGES,
 )
 from pagealloc.core.heap cimport heap_alloc, heap_free
-from pagealloc.core.heap_state cimport (
+from pagealloc.core.heap_caches cimport heap_collect, heap_trim
+from pagealloc.core.heap_counts cimport (
     class_counts_t,
     heap_check,
-    heap_class_counts,
-    heap_collect,
+    heap_count_classes,
     heap_counts,
     heap_counts_t,
-    heap_delete,
-    heap_new,
-    heap_t,
-    heap_trim,
 )
+from pagealloc.core.heap_life cimport heap_delete, heap_new
+from pagealloc.core.heap_state cimport MAX_SIZE_CLASSES, heap_t
 from pagealloc.core.os_memory cimport os_fork_generation, os_huge_page_bytes, os_page_bytes
 from pagealloc.core.page_heap cimport (
     NOT_LIVE,
@@ -262,17 +260,17 @@ cdef class Heap:
         """
         cdef heap_t *heap = self.open_heap()
         cdef heap_counts_t counts = heap_counts(heap)
-        cdef class_counts_t class_counts
+        cdef class_counts_t of_class[MAX_SIZE_CLASSES]
         cdef int i
         arenas = self._arena_stats()
+        heap_count_classes(heap, of_class)
         classes = []
         for i in range(1, heap.n_slot_classes + 1):
-            class_counts = heap_class_counts(heap, i)
             classes.append(ClassStats(
-                slot_bytes=class_counts.block_bytes,
-                n_live=class_counts.n_live,
-                n_free=class_counts.n_idle + class_counts.n_unused_slots,
-                n_slabs=class_counts.n_slabs,
+                slot_bytes=of_class[i].block_bytes,
+                n_live=of_class[i].n_live,
+                n_free=of_class[i].n_idle + of_class[i].n_unused_slots,
+                n_slabs=of_class[i].n_slabs,
             ))
         return AllocatorStats(
             budget_bytes=self.budget_bytes,
@@ -286,6 +284,7 @@ cdef class Heap:
             n_frees=counts.n_frees,
             n_failed=counts.n_failed,
             n_collections=counts.n_collections,
+            n_conflicts=counts.n_conflicts,
             abandoned_bytes=abandoned_bytes(),
             arenas=tuple(arenas),
             classes=tuple(classes),

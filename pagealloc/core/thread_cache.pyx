@@ -4,30 +4,46 @@ Purpose
     Let a thread allocate and free without meeting any other thread; see to it that what it does not
     use finds its way back.
 Structure
-    thread --> cache of heap 1 --> magazine of class 1: [b0 b1 b2 ... ]   pop and push at the end
-           |                       magazine of class 2: [ ]
-           --> cache of heap 2 ...
-    refill: up to half a magazine from the central list; spill: the same, the coldest, back to it
+    magazines   [b0 b1 b2 ... ]  one a size class; pop and push at the end
+                refilled with up to half a magazine from the central list, or from the inbox;
+                when full, the coldest half goes to the central list
+    outbox      blocks that this thread freed and others allocated, on their way to them
+    inbox       blocks that others freed and this thread allocated
 Invariants
     0 <= n <= capacity <= MAGAZINE_SLOTS; capacity * block_bytes <= MAGAZINE_MAX_BYTES
-    a block is in at most one magazine; its state in the page map says that it is free
+    a block is in at most one magazine, in state FREE; in a box it is RETURNING, unless two threads
+    freed it in the same instant: then its box entry is dropped when it is looked at
     a bit of `used` is set iff the magazine's capacity is, or was, above 0
 Locking
-    The owner enters by `lock` alone.  Refilling, spilling, and everyone else hold its mutex, under
-    which the central list's may be taken.
+    The owner enters by `lock` alone.  Its slow paths, and everyone else, hold the lock's mutex, under
+    which the central list's may be taken; no two caches' mutexes at a time.
 Units
     Blocks.
 """
 
-from libc.stdint cimport int64_t, uint16_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove
 
 from pagealloc.core.atomics cimport (
+    atomic_add_i64,
     atomic_bump_i64,
     atomic_load_i64,
+    atomic_load_u8,
     atomic_load_u16,
+    atomic_load_u32,
     atomic_store_i64,
+    atomic_store_u8,
     atomic_store_u16,
+    atomic_store_u32,
+    atomic_swap_u8,
+)
+from pagealloc.core.block_map cimport (
+    STATE_FREE,
+    STATE_RETURNING,
+    block_chunk,
+    block_class,
+    block_map_t,
+    known_block_state,
 )
 from pagealloc.core.central cimport (
     central_give_back,
@@ -44,7 +60,16 @@ from pagealloc.core.os_memory cimport (
     os_page_bytes,
     os_reserve,
 )
-from pagealloc.core.owner_lock cimport owner_lock_init, owner_lock_release, owner_lock_seize
+from pagealloc.core.owner_lock cimport (
+    owner_enter,
+    owner_leave,
+    owner_lock_init,
+    owner_lock_release,
+    owner_lock_seize,
+)
+
+cdef int64_t n_conflicts = 0    # blocks found to have been freed twice in one instant; atomic
+
 
 cdef inline size_t cache_bytes() noexcept nogil:
     return (sizeof(thread_cache_t) + os_page_bytes() - 1) // os_page_bytes() * os_page_bytes()
@@ -71,7 +96,7 @@ cdef void thread_cache_delete(thread_cache_t *cache) noexcept nogil:
 
 
 # ---------------------------------------------------------------------------------------------
-# By the owner, when a magazine is empty or full
+# Magazines, by whoever holds the mutex
 
 cdef void open_magazine(
     thread_cache_t *cache, magazine_t *magazine, const central_t *central
@@ -81,69 +106,6 @@ cdef void open_magazine(
     magazine.capacity = <uint16_t>(capacity if capacity < MAGAZINE_SLOTS else MAGAZINE_SLOTS)
     atomic_store_i64(used, used[0] | <int64_t>(<uint64_t>1 << (central.size_class % 64)))
 
-
-cdef char *thread_cache_refill(
-    thread_cache_t *cache, central_t *central, int64_t key, bint may_grow, bint *fresh, int *error
-) noexcept nogil:
-    """A block of the class that is `key`, and more for the magazine if they are at hand.
-
-    NULL with a code in `error`, as central_take.
-    """
-    cdef magazine_t *magazine = &cache.magazines[central.size_class]
-    cdef char *blocks[MAGAZINE_SLOTS]
-    cdef char *block = NULL
-    cdef int64_t n
-    fresh[0] = False
-    error[0] = 0
-    mutex_lock(&cache.lock.mutex)
-    if magazine.n == 0:
-        n = central_take(
-            central, key, blocks, magazine.capacity // 2 + 1, may_grow, fresh, error
-        )
-        if n:
-            if magazine.capacity == 0:
-                open_magazine(cache, magazine, central)
-            n -= 1
-            block = blocks[n]
-            memcpy(magazine.blocks, blocks, <size_t>n * sizeof(char *))
-            atomic_store_u16(&magazine.n, <uint16_t>n)
-    else:       # the owner was only called to attention
-        block = magazine.blocks[magazine.n - 1]
-        atomic_store_u16(&magazine.n, <uint16_t>(magazine.n - 1))
-    if block != NULL:
-        atomic_bump_i64(&magazine.n_allocs)
-    mutex_unlock(&cache.lock.mutex)
-    return block
-
-
-cdef void thread_cache_spill(
-    thread_cache_t *cache, central_t *central, char *block
-) noexcept nogil:
-    """Put a free block into a magazine that has no room; its coldest half goes to the list."""
-    cdef magazine_t *magazine = &cache.magazines[central.size_class]
-    cdef char *blocks[MAGAZINE_SLOTS]
-    cdef int64_t n = 0
-    mutex_lock(&cache.lock.mutex)
-    if magazine.capacity == 0:
-        open_magazine(cache, magazine, central)
-    if magazine.n == magazine.capacity:
-        n = magazine.n // 2 + (magazine.n > 0)
-        memcpy(blocks, magazine.blocks, <size_t>n * sizeof(char *))
-        memmove(magazine.blocks, magazine.blocks + n, <size_t>(magazine.n - n) * sizeof(char *))
-        atomic_store_u16(&magazine.n, <uint16_t>(magazine.n - n))
-    if magazine.n < magazine.capacity:
-        magazine.blocks[magazine.n] = block
-        atomic_store_u16(&magazine.n, <uint16_t>(magazine.n + 1))
-    else:           # larger than any magazine
-        blocks[n] = block
-        n += 1
-    mutex_unlock(&cache.lock.mutex)
-    if n:
-        central_put(central, blocks, n)
-
-
-# ---------------------------------------------------------------------------------------------
-# By anybody
 
 cdef inline int next_used(const thread_cache_t *cache, int size_class) noexcept nogil:
     """The first class from `size_class` on whose magazine was ever used; MAX_SIZE_CLASSES: none."""
@@ -156,6 +118,27 @@ cdef inline int next_used(const thread_cache_t *cache, int size_class) noexcept 
     return MAX_SIZE_CLASSES
 
 
+cdef int64_t push(
+    thread_cache_t *cache, central_t *central, char *block, char **spilled
+) noexcept nogil:
+    """Put a free block into its magazine; how many others it displaced, the coldest, or itself."""
+    cdef magazine_t *magazine = &cache.magazines[central.size_class]
+    cdef int64_t n = 0
+    if magazine.capacity == 0:
+        open_magazine(cache, magazine, central)
+    if magazine.n == magazine.capacity:
+        n = magazine.n // 2 + (magazine.n > 0)
+        memcpy(spilled, magazine.blocks, <size_t>n * sizeof(char *))
+        memmove(magazine.blocks, magazine.blocks + n, <size_t>(magazine.n - n) * sizeof(char *))
+        atomic_store_u16(&magazine.n, <uint16_t>(magazine.n - n))
+    if magazine.n == magazine.capacity:     # larger than any magazine
+        spilled[0] = block
+        return 1
+    magazine.blocks[magazine.n] = block
+    atomic_store_u16(&magazine.n, <uint16_t>(magazine.n + 1))
+    return n
+
+
 cdef int64_t empty_magazine(magazine_t *magazine, char **blocks) noexcept nogil:
     cdef int64_t n = magazine.n
     memcpy(blocks, magazine.blocks, <size_t>n * sizeof(char *))
@@ -163,10 +146,158 @@ cdef int64_t empty_magazine(magazine_t *magazine, char **blocks) noexcept nogil:
     return n
 
 
-cdef bint thread_cache_drain(
-    thread_cache_t *cache, central_t *centrals, bint for_good
+cdef void settle_inbox(
+    thread_cache_t *cache, central_t *centrals, block_map_t *map, bint into_magazines
 ) noexcept nogil:
-    """Empty all magazines: into the central lists, or `for_good`, to the page heap.
+    """Make what others freed free: into the magazines, or past them to the central lists.
+
+    Only while the owner is not in the middle of a free: by itself, or with its lock seized.
+    """
+    cdef char *spilled[MAGAZINE_SLOTS]
+    cdef char *block
+    cdef uint32_t i, size_class
+    cdef int64_t n
+    for i in range(cache.inbox.n):
+        block = cache.inbox.blocks[i]
+        size_class = block_class(map, block_chunk(map, block), block)
+        if not size_class or not atomic_swap_u8(
+            known_block_state(map, block, size_class), STATE_RETURNING, STATE_FREE
+        ):
+            atomic_add_i64(&n_conflicts, 1)     # its owner freed it too, and it is in a magazine
+            continue
+        if into_magazines:
+            n = push(cache, &centrals[size_class], block, spilled)
+        else:
+            spilled[0] = block
+            n = 1
+        if n:
+            central_put(&centrals[size_class], spilled, n)
+    atomic_store_u32(&cache.inbox.n, 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# By the owner, when the few instructions of a pop or push do not do
+
+cdef char *thread_cache_refill(
+    thread_cache_t *cache, central_t *centrals, block_map_t *map, uint32_t size_class, int64_t key,
+    bint may_grow, bint *fresh, int *error
+) noexcept nogil:
+    """A block of the class that is `key`, and more for the magazine if they are at hand.
+
+    NULL with a code in `error`, as central_take.
+    """
+    cdef central_t *central = &centrals[size_class]
+    cdef magazine_t *magazine = &cache.magazines[size_class]
+    cdef char *block = NULL
+    cdef int64_t n
+    fresh[0] = False
+    error[0] = 0
+    mutex_lock(&cache.lock.mutex)
+    if cache.inbox.n:
+        settle_inbox(cache, centrals, map, True)
+    if magazine.n == 0:
+        n = central_take(
+            central, key, magazine.blocks, magazine.capacity // 2 + 1, may_grow, fresh, error
+        )
+        if n and magazine.capacity == 0:
+            open_magazine(cache, magazine, central)
+        atomic_store_u16(&magazine.n, <uint16_t>n)
+    if magazine.n:
+        block = magazine.blocks[magazine.n - 1]
+        atomic_store_u16(&magazine.n, <uint16_t>(magazine.n - 1))
+        atomic_bump_i64(&magazine.n_allocs)
+    mutex_unlock(&cache.lock.mutex)
+    return block
+
+
+cdef bint thread_cache_free(
+    thread_cache_t *cache, central_t *central, uint8_t *state, char *block
+) noexcept nogil:
+    """Free a block the owner had allocated; False if it is not live, or not the owner's."""
+    cdef char *spilled[MAGAZINE_SLOTS]
+    cdef int64_t n = 0
+    cdef bint is_own
+    mutex_lock(&cache.lock.mutex)
+    is_own = atomic_load_u8(state) == cache.own_state
+    if is_own:
+        atomic_store_u8(state, STATE_FREE)
+        n = push(cache, central, block, spilled)
+    mutex_unlock(&cache.lock.mutex)
+    if n:
+        central_put(central, spilled, n)
+    return is_own
+
+
+cdef void thread_cache_put(
+    thread_cache_t *cache, central_t *central, char *block
+) noexcept nogil:
+    """Keep a block that is free already and nobody's."""
+    cdef char *spilled[MAGAZINE_SLOTS]
+    cdef int64_t n
+    mutex_lock(&cache.lock.mutex)
+    n = push(cache, central, block, spilled)
+    mutex_unlock(&cache.lock.mutex)
+    if n:
+        central_put(central, spilled, n)
+
+
+cdef bint thread_cache_return(thread_cache_t *cache, char *block, uint8_t tag) noexcept nogil:
+    """Put another cache's block into the outbox; True if that is full now, and wants delivery."""
+    cdef uint32_t n
+    cdef bint entered = owner_enter(&cache.lock)
+    if not entered:
+        owner_leave(&cache.lock)
+        mutex_lock(&cache.lock.mutex)
+    n = cache.outbox.n
+    cache.outbox.blocks[n] = block
+    cache.outbox.tags[n] = tag
+    atomic_store_u32(&cache.outbox.n, n + 1)
+    if entered:
+        owner_leave(&cache.lock)
+    else:
+        mutex_unlock(&cache.lock.mutex)
+    return n + 1 == OUTBOX_SLOTS
+
+
+# ---------------------------------------------------------------------------------------------
+# By anybody
+
+cdef int64_t thread_cache_take_outbox(thread_cache_t *cache, outbox_t *outbox) noexcept nogil:
+    """Move the outbox into `outbox`: how many blocks.
+
+    By its owner, or by others: then 0 if the kernel refuses to keep the owner out.
+    """
+    cdef bint is_owner = pthread_equal(cache.thread, pthread_self())
+    outbox.n = 0
+    if is_owner:
+        mutex_lock(&cache.lock.mutex)
+    elif atomic_load_u32(&cache.outbox.n) == 0 or not owner_lock_seize(&cache.lock):
+        return 0
+    memcpy(outbox, &cache.outbox, sizeof(outbox_t))
+    atomic_store_u32(&cache.outbox.n, 0)
+    if is_owner:
+        mutex_unlock(&cache.lock.mutex)
+    else:
+        owner_lock_release(&cache.lock)
+    return outbox.n
+
+
+cdef bint thread_cache_accept(thread_cache_t *cache, char *block) noexcept nogil:
+    """Put a block the owner had allocated into its inbox; False if that is full."""
+    cdef bint has_room
+    mutex_lock(&cache.lock.mutex)
+    has_room = cache.inbox.n < INBOX_SLOTS
+    if has_room:
+        cache.inbox.blocks[cache.inbox.n] = block
+        atomic_store_u32(&cache.inbox.n, cache.inbox.n + 1)
+    mutex_unlock(&cache.lock.mutex)
+    return has_room
+
+
+cdef bint thread_cache_drain(
+    thread_cache_t *cache, central_t *centrals, block_map_t *map, bint for_good
+) noexcept nogil:
+    """Empty inbox and magazines into the central lists; `for_good`: magazines to the page heap.
 
     False, and nothing changed, if the kernel refuses to keep the owner out.
     """
@@ -175,6 +306,7 @@ cdef bint thread_cache_drain(
     cdef int i
     if not owner_lock_seize(&cache.lock):
         return False
+    settle_inbox(cache, centrals, map, False)
     i = next_used(cache, 0)
     while i < MAX_SIZE_CLASSES:
         n = empty_magazine(&cache.magazines[i], blocks)
@@ -198,16 +330,21 @@ cdef bint is_unused(thread_cache_t *cache, int i) noexcept nogil:
     return unused
 
 
-cdef void thread_cache_collect(thread_cache_t *cache, central_t *centrals) noexcept nogil:
+cdef void thread_cache_collect(
+    thread_cache_t *cache, central_t *centrals, block_map_t *map
+) noexcept nogil:
     """One collection: a magazine unused since the last one is a victim; a victim goes back.
 
-    The caller sees to it that there is one collection at a time.
+    So does what others have freed.  The caller sees to it that there is one collection at a time.
     """
     cdef char *blocks[MAGAZINE_SLOTS]
     cdef int64_t n
     cdef bint unused
     cdef bint is_seized = False
     cdef int i = next_used(cache, 0)
+    if atomic_load_u32(&cache.inbox.n) and owner_lock_seize(&cache.lock):
+        is_seized = True
+        settle_inbox(cache, centrals, map, False)
     while i < MAX_SIZE_CLASSES:
         unused = is_unused(cache, i)
         if unused and cache.magazines[i].is_victim:
@@ -225,11 +362,6 @@ cdef void thread_cache_collect(thread_cache_t *cache, central_t *centrals) noexc
         owner_lock_release(&cache.lock)
 
 
-cdef int64_t thread_cache_idle(const thread_cache_t *cache, int size_class) noexcept nogil:
-    """How many blocks its magazine of a class holds, as far as can be told from outside."""
-    return atomic_load_u16(&cache.magazines[size_class].n)
-
-
 cdef bint thread_cache_forget(thread_cache_t *cache, int size_class) noexcept nogil:
     """Close an empty magazine, for its class is about to be that of another size.
 
@@ -240,3 +372,37 @@ cdef bint thread_cache_forget(thread_cache_t *cache, int size_class) noexcept no
     cache.magazines[size_class].capacity = 0
     owner_lock_release(&cache.lock)
     return True
+
+
+cdef void count_returning(
+    block_map_t *map, char *const *blocks, uint32_t n, int64_t *n_idle
+) noexcept nogil:
+    cdef uint32_t i, size_class
+    for i in range(n):
+        size_class = block_class(map, block_chunk(map, blocks[i]), blocks[i])
+        if atomic_load_u8(known_block_state(map, blocks[i], size_class)) == STATE_RETURNING:
+            n_idle[size_class] += 1
+
+
+cdef void thread_cache_count_idle(
+    thread_cache_t *cache, block_map_t *map, int64_t *n_idle
+) noexcept nogil:
+    """Add its free blocks to the counts of their classes."""
+    cdef bint is_seized = False
+    cdef int i = next_used(cache, 0)
+    while i < MAX_SIZE_CLASSES:
+        n_idle[i] += atomic_load_u16(&cache.magazines[i].n)
+        i = next_used(cache, i + 1)
+    if atomic_load_u32(&cache.outbox.n):
+        is_seized = owner_lock_seize(&cache.lock)
+    if is_seized:
+        count_returning(map, cache.outbox.blocks, cache.outbox.n, n_idle)
+        owner_lock_release(&cache.lock)
+    mutex_lock(&cache.lock.mutex)
+    count_returning(map, cache.inbox.blocks, cache.inbox.n, n_idle)
+    mutex_unlock(&cache.lock.mutex)
+
+
+cdef int64_t thread_cache_n_conflicts() noexcept nogil:
+    """Blocks of any heap that two threads freed in one instant: a defect of the program's."""
+    return atomic_load_i64(&n_conflicts)

@@ -1,0 +1,96 @@
+"""Where the state of a block is: the arithmetic from an address to one byte.
+
+It is inline, so that alloc and free stay one straight line.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uintptr_t
+
+from pagealloc.core.atomics cimport atomic_load_ptr, atomic_load_u16
+from pagealloc.core.page_map cimport (
+    CHUNK_BITS,
+    LEAF_BITS,
+    LEAF_ENTRIES,
+    chunk_t,
+    page_map_chunk,
+    page_map_t,
+)
+
+cdef extern from * nogil:
+    """
+    #define PAGEALLOC_LIKELY(condition) __builtin_expect(!!(condition), 1)
+    """
+    bint LIKELY "PAGEALLOC_LIKELY"(bint condition)
+
+cdef enum:
+    FIRST_RUN_CLASS = 128       # classes of slots are below, classes of runs from here on
+    SLOT_UNIT_BITS = 6          # there is a state for every 64 bytes of a slab
+
+cdef enum:                      # the state of a block
+    STATE_FREE = 0
+    STATE_RETURNING = 1         # freed by another thread than had allocated it; on its way back
+    STATE_FIRST_TAG = 2         # up to STATE_SHARED - 1: live, allocated by the cache of this tag
+    STATE_SHARED = 255          # live, and no thread's in particular
+
+cdef struct slot_shape_t:
+    uint32_t nbytes             # 0: there is no such class
+    uint32_t reciprocal         # ceil(2**32 / nbytes): offset * reciprocal >> 32 = offset / nbytes
+
+cdef struct block_map_t:
+    page_map_t *map
+    uint32_t page_shift         # log2 of the page size
+    size_t page_mask            # page_bytes - 1
+    size_t chunk_page_mask      # pages of a chunk - 1
+    # The leaf of the map that the first arena lies in, and most others do: read while the address
+    # is still being computed.
+    void *near_root             # its number; atomic
+    void **near_leaf
+    slot_shape_t slots[FIRST_RUN_CLASS]
+
+cdef void block_map_init(block_map_t *blocks, page_map_t *map, size_t page_bytes) noexcept nogil
+cdef void block_map_come_near(block_map_t *blocks, const void *address) noexcept nogil
+cdef void block_map_add_slots(
+    block_map_t *blocks, int size_class, uint32_t slot_bytes
+) noexcept nogil
+
+
+cdef inline chunk_t *block_chunk(block_map_t *blocks, const void *address) noexcept nogil:
+    """The descriptor of the chunk that holds `address`, whoever owns it; NULL if nobody does."""
+    if LIKELY(
+        <uintptr_t>address >> (CHUNK_BITS + LEAF_BITS)
+        == <uintptr_t>atomic_load_ptr(&blocks.near_root)
+    ):
+        return <chunk_t *>atomic_load_ptr(
+            &blocks.near_leaf[(<uintptr_t>address >> CHUNK_BITS) & (LEAF_ENTRIES - 1)]
+        )
+    return page_map_chunk(blocks.map, address)
+
+
+cdef inline uint32_t block_class(
+    block_map_t *blocks, chunk_t *chunk, const void *address
+) noexcept nogil:
+    """The class of the run that starts at `address`'s page, or of the slab that covers it."""
+    return atomic_load_u16(
+        &chunk.class_of_page[(<uintptr_t>address >> blocks.page_shift) & blocks.chunk_page_mask]
+    )
+
+
+cdef inline uint8_t *block_state(
+    block_map_t *blocks, chunk_t *chunk, const void *address, uint32_t size_class
+) noexcept nogil:
+    """The state of the block that starts at `address`; NULL if none of the class can."""
+    cdef size_t page = (<uintptr_t>address >> blocks.page_shift) & blocks.chunk_page_mask
+    cdef size_t offset = <uintptr_t>address & blocks.page_mask
+    cdef size_t slot
+    if size_class >= FIRST_RUN_CLASS:
+        return &chunk.state_of_page[page] if LIKELY(offset == 0) else NULL
+    slot = offset * blocks.slots[size_class].reciprocal >> 32
+    if slot * blocks.slots[size_class].nbytes != offset:
+        return NULL
+    return &chunk.state_of_slot[(page << (blocks.page_shift - SLOT_UNIT_BITS)) + slot]
+
+
+cdef inline uint8_t *known_block_state(
+    block_map_t *blocks, const void *address, uint32_t size_class
+) noexcept nogil:
+    """The state of a block that is known to be one."""
+    return block_state(blocks, block_chunk(blocks, address), address, size_class)
