@@ -65,7 +65,7 @@ cdef inline chunk_t *block_chunk(block_map_t *blocks, const void *address) noexc
     return page_map_chunk(blocks.map, address)
 
 
-cdef inline uint32_t block_class(
+cdef inline size_t block_class(
     block_map_t *blocks, chunk_t *chunk, const void *address
 ) noexcept nogil:
     """The class of the run that starts at `address`'s page, or of the slab that covers it."""
@@ -75,7 +75,7 @@ cdef inline uint32_t block_class(
 
 
 cdef inline uint8_t *block_state(
-    block_map_t *blocks, chunk_t *chunk, const void *address, uint32_t size_class
+    block_map_t *blocks, chunk_t *chunk, const void *address, size_t size_class
 ) noexcept nogil:
     """The state of the block that starts at `address`; NULL if none of the class can."""
     cdef size_t page = (<uintptr_t>address >> blocks.page_shift) & blocks.chunk_page_mask
@@ -90,7 +90,7 @@ cdef inline uint8_t *block_state(
 
 
 cdef inline uint8_t *known_block_state(
-    block_map_t *blocks, const void *address, uint32_t size_class
+    block_map_t *blocks, const void *address, size_t size_class
 ) noexcept nogil:
     """The state of a block that is known to be one."""
     return block_state(blocks, block_chunk(blocks, address), address, size_class)

@@ -23,6 +23,7 @@ from libc.string cimport memcpy, memmove, memset
 
 from pagealloc.core.arena cimport ERROR_RETRY
 from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64, atomic_store_i64
+from pagealloc.core.block_map cimport block_map_t, known_block_state
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
 from pagealloc.core.os_memory cimport os_abandon, os_page_bytes, os_reserve
 from pagealloc.core.page_heap cimport (
@@ -31,6 +32,7 @@ from pagealloc.core.page_heap cimport (
     page_heap_has_own_arena,
     page_heap_t,
 )
+from pagealloc.core.page_map cimport block_t
 from pagealloc.core.page_run cimport run_t
 from pagealloc.core.slabs cimport (
     slabs_check,
@@ -47,11 +49,12 @@ cdef enum:
 
 
 cdef void central_init_slots(
-    central_t *central, page_heap_t *pages, uint16_t size_class, uint32_t slot_bytes
+    central_t *central, page_heap_t *pages, block_map_t *map, uint16_t size_class, uint32_t slot_bytes
 ) noexcept nogil:
     memset(central, 0, sizeof(central_t))
     mutex_init(&central.mutex, NULL)
     central.pages = pages
+    central.map = map
     central.size_class = size_class
     central.block_bytes = slot_bytes
     central.max_idle = INT64_MAX
@@ -59,11 +62,12 @@ cdef void central_init_slots(
 
 
 cdef void central_init_runs(
-    central_t *central, page_heap_t *pages, uint16_t size_class, int64_t key
+    central_t *central, page_heap_t *pages, block_map_t *map, uint16_t size_class, int64_t key
 ) noexcept nogil:
     memset(central, 0, sizeof(central_t))
     mutex_init(&central.mutex, NULL)
     central.pages = pages
+    central.map = map
     central.size_class = size_class
     set_key(central, key)
 
@@ -101,7 +105,7 @@ cdef void central_destroy(central_t *central) noexcept nogil:
 
 cdef void drop_stack(central_t *central) noexcept nogil:
     if central.idle != NULL:
-        os_abandon(central.idle, <size_t>central.idle_capacity * sizeof(char *))
+        os_abandon(central.idle, <size_t>central.idle_capacity * sizeof(block_t))
     central.idle = NULL
     central.idle_capacity = 0
 
@@ -109,41 +113,41 @@ cdef void drop_stack(central_t *central) noexcept nogil:
 cdef bint make_room(central_t *central, int64_t n) noexcept nogil:
     """Room for `n` more; False if the kernel has no memory for it."""
     cdef int64_t capacity = central.idle_capacity
-    cdef char **idle
+    cdef block_t *idle
     if central.n_idle + n <= capacity:
         return True
     if capacity == 0:
-        capacity = <int64_t>(os_page_bytes() // sizeof(char *))
+        capacity = <int64_t>(os_page_bytes() // sizeof(block_t))
     while capacity < central.n_idle + n:
         capacity *= 2
-    idle = <char **>os_reserve(<size_t>capacity * sizeof(char *), os_page_bytes())
+    idle = <block_t *>os_reserve(<size_t>capacity * sizeof(block_t), os_page_bytes())
     if idle == NULL:
         return False
-    memcpy(idle, central.idle, <size_t>central.n_idle * sizeof(char *))
+    memcpy(idle, central.idle, <size_t>central.n_idle * sizeof(block_t))
     drop_stack(central)
     central.idle = idle
     central.idle_capacity = capacity
     return True
 
 
-cdef int64_t pop(central_t *central, char **blocks, int64_t n) noexcept nogil:
+cdef int64_t pop(central_t *central, block_t *blocks, int64_t n) noexcept nogil:
     """Take up to `n` from the hot end; how many."""
     if n > central.n_idle:
         n = central.n_idle
     central.n_idle -= n
-    memcpy(blocks, central.idle + central.n_idle, <size_t>n * sizeof(char *))
+    memcpy(blocks, central.idle + central.n_idle, <size_t>n * sizeof(block_t))
     if central.n_unused > central.n_idle:
         central.n_unused = central.n_idle
     return n
 
 
-cdef int64_t pop_cold(central_t *central, char **blocks, int64_t n) noexcept nogil:
+cdef int64_t pop_cold(central_t *central, block_t *blocks, int64_t n) noexcept nogil:
     """Take up to `n` from the cold end; how many."""
     if n > central.n_idle:
         n = central.n_idle
-    memcpy(blocks, central.idle, <size_t>n * sizeof(char *))
+    memcpy(blocks, central.idle, <size_t>n * sizeof(block_t))
     central.n_idle -= n
-    memmove(central.idle, central.idle + n, <size_t>central.n_idle * sizeof(char *))
+    memmove(central.idle, central.idle + n, <size_t>central.n_idle * sizeof(block_t))
     central.n_unused = central.n_unused - n if central.n_unused > n else 0
     return n
 
@@ -151,8 +155,14 @@ cdef int64_t pop_cold(central_t *central, char **blocks, int64_t n) noexcept nog
 # ---------------------------------------------------------------------------------------------
 # What others call
 
+cdef void find_states(const central_t *central, block_t *blocks, int64_t n) noexcept nogil:
+    cdef int64_t i
+    for i in range(n):
+        blocks[i].state = known_block_state(central.map, blocks[i].address, central.size_class)
+
+
 cdef int64_t central_take(
-    central_t *central, int64_t key, char **blocks, int64_t n, bint may_grow, bint *fresh,
+    central_t *central, int64_t key, block_t *blocks, int64_t n, bint may_grow, bint *fresh,
     int *error
 ) noexcept nogil:
     """Fill in up to `n` blocks of the class that is `key`; how many.
@@ -172,6 +182,7 @@ cdef int64_t central_take(
         n_taken = pop(central, blocks, n)
     elif central.run_pages == 0:
         n_taken = slabs_take(&central.slabs, blocks, n, may_grow, error)
+        find_states(central, blocks, n_taken)
         atomic_add_i64(&central.n_out, n_taken)
     else:
         n_taken = 0
@@ -187,18 +198,19 @@ cdef int64_t central_take(
     if run == NULL:
         atomic_add_i64(&central.n_out, -1)
         return 0
-    blocks[0] = run.address
+    blocks[0].address = run.address
+    find_states(central, blocks, 1)
     return 1
 
 
-cdef void central_put(central_t *central, char *const *blocks, int64_t n) noexcept nogil:
+cdef void central_put(central_t *central, const block_t *blocks, int64_t n) noexcept nogil:
     """Keep free blocks for whoever needs one next."""
     cdef int64_t n_kept = n
     mutex_lock(&central.mutex)
     if n_kept > central.max_idle - central.n_idle:
         n_kept = central.max_idle - central.n_idle
     if make_room(central, n_kept):
-        memcpy(central.idle + central.n_idle, blocks, <size_t>n_kept * sizeof(char *))
+        memcpy(central.idle + central.n_idle, blocks, <size_t>n_kept * sizeof(block_t))
         central.n_idle += n_kept
     else:
         n_kept = 0
@@ -207,7 +219,7 @@ cdef void central_put(central_t *central, char *const *blocks, int64_t n) noexce
         central_give_back(central, blocks + n_kept, n - n_kept)
 
 
-cdef void central_give_back(central_t *central, char *const *blocks, int64_t n) noexcept nogil:
+cdef void central_give_back(central_t *central, const block_t *blocks, int64_t n) noexcept nogil:
     """Let go of free blocks: slots to their slabs, runs to the page heap."""
     if central.run_pages == 0:
         mutex_lock(&central.mutex)
@@ -220,7 +232,7 @@ cdef void central_give_back(central_t *central, char *const *blocks, int64_t n) 
 
 cdef void give_back_cold(central_t *central, int64_t n) noexcept nogil:
     """Give back `n` idle blocks, the longest unused first."""
-    cdef char *blocks[PIECE]
+    cdef block_t blocks[PIECE]
     cdef int64_t n_piece
     while n > 0:
         mutex_lock(&central.mutex)

@@ -17,7 +17,7 @@ Units
 """
 
 from libc.errno cimport ENOMEM
-from libc.stdint cimport INT32_MAX, int64_t, uint8_t, uint32_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
 
 from pagealloc.core.arena cimport ERROR_BUDGET, ERROR_GROWTH, ERROR_RETRY
 from pagealloc.core.atomics cimport (
@@ -66,7 +66,7 @@ from pagealloc.core.page_heap cimport (
     page_heap_has_own_arena,
     page_heap_run_bytes,
 )
-from pagealloc.core.page_map cimport chunk_t
+from pagealloc.core.page_map cimport block_t, chunk_t
 from pagealloc.core.page_run cimport run_t
 from pagealloc.core.size_class cimport NO_CLASS, SLOT_UNIT_BYTES, size_class_aligned, size_class_of
 from pagealloc.core.thread_cache cimport (
@@ -129,7 +129,7 @@ cdef inline thread_cache_t *cache_of(const heap_t *heap) noexcept nogil:
     return entry.cache if entry.generation == heap.generation else NULL
 
 
-cdef size_t block_bytes(heap_t *heap, const char *address, uint32_t size_class) noexcept nogil:
+cdef size_t block_bytes(heap_t *heap, const char *address, size_t size_class) noexcept nogil:
     if size_class == UNCACHED_RUN:
         return page_heap_run_bytes(&heap.pages, address)
     return heap.centrals[size_class].block_bytes
@@ -138,25 +138,25 @@ cdef size_t block_bytes(heap_t *heap, const char *address, uint32_t size_class) 
 # ---------------------------------------------------------------------------------------------
 # alloc
 
-cdef inline char *hand_out(
-    heap_t *heap, char *address, uint32_t size_class, uint8_t tag
-) noexcept nogil:
-    """Mark a free block that nobody else has as live."""
-    if HAS_POISON:
-        unpoison(address, block_bytes(heap, address, size_class))
-    atomic_store_u8(known_block_state(&heap.blocks, address, size_class), tag)
-    return address
-
-
-cdef inline char *pop(heap_t *heap, uint32_t size_class) noexcept nogil:
-    """A block from this thread's magazine; NULL if that takes more than a few nanoseconds."""
+cdef inline char *alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
     cdef cache_entry_t *entry = entry_of(heap)
+    cdef size_t size_class
     cdef char *address
-    if LIKELY(entry.generation == heap.generation):
-        address = magazine_pop(entry.cache, size_class)
-        if LIKELY(address != NULL):
-            return hand_out(heap, address, size_class, entry.cache.tag)
-    return NULL
+    if LIKELY(align_bytes <= SLOT_UNIT_BYTES and nbytes <= heap.largest_table_bytes):
+        if nbytes <= heap.classes.largest_bytes:
+            size_class = size_class_of(&heap.classes, nbytes)
+        else:
+            size_class = atomic_load_u16(
+                &heap.class_of_pages[(nbytes + heap.blocks.page_mask) >> heap.blocks.page_shift]
+            )
+    else:
+        size_class = class_of_unusual(heap, nbytes, align_bytes)
+    if not LIKELY(entry.generation == heap.generation):
+        return NULL
+    address = magazine_pop(entry.cache, size_class)
+    if HAS_POISON and address != NULL:
+        unpoison(address, block_bytes(heap, address, size_class))
+    return address
 
 
 cdef char *heap_alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
@@ -164,14 +164,7 @@ cdef char *heap_alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noex
 
     NULL where it takes heap_alloc_slow, also for what no allocation can serve.  It is never fresh.
     """
-    if LIKELY(align_bytes <= SLOT_UNIT_BYTES and nbytes <= heap.largest_table_bytes):
-        return pop(heap, (
-            size_class_of(&heap.classes, nbytes) if nbytes <= heap.classes.largest_bytes
-            else atomic_load_u16(
-                &heap.class_of_pages[(nbytes + heap.blocks.page_mask) >> heap.blocks.page_shift]
-            )
-        ))
-    return pop(heap, class_of_unusual(heap, nbytes, align_bytes))
+    return alloc_fast(heap, nbytes, align_bytes)
 
 
 cdef char *heap_alloc(
@@ -181,7 +174,7 @@ cdef char *heap_alloc(
 
     `fresh` tells that it is zero.  NULL with an errno value or a code in `error` if refused.
     """
-    cdef char *address = heap_alloc_fast(heap, nbytes, align_bytes)
+    cdef char *address = alloc_fast(heap, nbytes, align_bytes)
     fresh[0] = False
     if LIKELY(address != NULL):
         return address
@@ -198,12 +191,12 @@ cdef inline int64_t key_of(const heap_t *heap, size_t nbytes, size_t align_bytes
     )
 
 
-cdef uint32_t class_of_unusual(
-    const heap_t *heap, size_t nbytes, size_t align_bytes
+cdef size_t class_of_unusual(
+    heap_t *heap, size_t nbytes, size_t align_bytes
 ) noexcept nogil:
     """The class of what is aligned to more than usual, or larger than the table; 0: not known."""
     cdef int64_t key
-    cdef uint32_t size_class
+    cdef size_t size_class
     if align_bytes <= heap.blocks.page_mask + 1 and nbytes <= heap.largest_table_bytes:
         size_class = size_class_aligned(&heap.classes, nbytes, align_bytes)
         if size_class != NO_CLASS:
@@ -252,7 +245,7 @@ cdef char *heap_alloc_slow(
 cdef char *take(
     heap_t *heap, size_t nbytes, size_t align_bytes, bint may_grow, bint *fresh, int *error
 ) noexcept nogil:
-    cdef uint32_t size_class
+    cdef size_t size_class
     if align_bytes <= SLOT_UNIT_BYTES:
         size_class = size_class_of(&heap.classes, nbytes)
     else:
@@ -265,7 +258,7 @@ cdef char *take(
 cdef char *take_run(
     heap_t *heap, int64_t key, bint may_grow, bint *fresh, int *error
 ) noexcept nogil:
-    cdef uint32_t size_class
+    cdef size_t size_class
     cdef char *address = NULL
     error[0] = ERROR_RETRY
     while address == NULL and error[0] == ERROR_RETRY:
@@ -277,23 +270,31 @@ cdef char *take_run(
 
 
 cdef char *take_block(
-    heap_t *heap, uint32_t size_class, int64_t key, bint may_grow, bint *fresh, int *error
+    heap_t *heap, size_t size_class, int64_t key, bint may_grow, bint *fresh, int *error
 ) noexcept nogil:
     """A block of a class, through this thread's cache if it can have one."""
     cdef thread_cache_t *cache = cache_of(heap)
-    cdef char *address = NULL
+    cdef block_t block
     if cache == NULL:
         cache = new_cache(heap)
     if cache != NULL:
-        cache.countdown = INT32_MAX
-        address = thread_cache_refill(
-            cache, heap.centrals, &heap.blocks, size_class, key, may_grow, fresh, error
-        )
-    elif central_take(&heap.centrals[size_class], key, &address, 1, may_grow, fresh, error):
-        atomic_add_i64(&heap.retired_allocs[size_class], 1)
-    if address == NULL:
+        if not thread_cache_refill(
+            cache, heap.centrals, &heap.blocks, size_class, key, may_grow, &block, fresh, error
+        ):
+            return NULL
+        return hand_out(heap, block, size_class, cache.tag)
+    if not central_take(&heap.centrals[size_class], key, &block, 1, may_grow, fresh, error):
         return NULL
-    return hand_out(heap, address, size_class, STATE_SHARED if cache == NULL else cache.tag)
+    atomic_add_i64(&heap.retired_allocs[size_class], 1)
+    return hand_out(heap, block, size_class, STATE_SHARED)
+
+
+cdef char *hand_out(heap_t *heap, block_t block, size_t size_class, uint8_t tag) noexcept nogil:
+    """Mark a free block that nobody else has as live."""
+    if HAS_POISON:
+        unpoison(block.address, block_bytes(heap, block.address, size_class))
+    atomic_store_u8(block.state, tag)
+    return block.address
 
 
 cdef char *take_uncached(
@@ -303,38 +304,46 @@ cdef char *take_uncached(
     cdef run_t *run = page_heap_alloc(
         &heap.pages, key >> 6, <size_t>1 << (key & 63), UNCACHED_RUN, NULL, may_grow, fresh, error
     )
+    cdef block_t block
     if run == NULL:
         return NULL
     atomic_add_i64(&heap.centrals[UNCACHED_RUN].n_out, 1)
     atomic_add_i64(&heap.retired_allocs[UNCACHED_RUN], 1)
-    return hand_out(heap, run.address, UNCACHED_RUN, STATE_SHARED)
+    block.address = run.address
+    block.state = known_block_state(&heap.blocks, run.address, UNCACHED_RUN)
+    return hand_out(heap, block, UNCACHED_RUN, STATE_SHARED)
 
 
 # ---------------------------------------------------------------------------------------------
 # free
 
-cdef bint heap_free_fast(heap_t *heap, char *address) noexcept nogil:
-    """Free a block that this thread had allocated; False where it takes heap_free_slow."""
+cdef inline bint free_fast(heap_t *heap, char *address) noexcept nogil:
     cdef cache_entry_t *entry = entry_of(heap)
     cdef chunk_t *chunk = block_chunk(&heap.blocks, address)
-    cdef uint32_t size_class
+    cdef size_t size_class
     cdef uint8_t *state
-    if LIKELY(
+    if not LIKELY(
         chunk != NULL and atomic_load_ptr(&chunk.owner) == heap
         and entry.generation == heap.generation
     ):
-        size_class = block_class(&heap.blocks, chunk, address)
-        state = block_state(&heap.blocks, chunk, address, size_class)
-        if LIKELY(state != NULL):
-            if HAS_POISON and atomic_load_u8(state) == entry.cache.own_state:
-                poison(address, block_bytes(heap, address, size_class))
-            return magazine_push(entry.cache, size_class, state, address)
-    return False
+        return False
+    size_class = block_class(&heap.blocks, chunk, address)
+    state = block_state(&heap.blocks, chunk, address, size_class)
+    if not LIKELY(state != NULL):
+        return False
+    if HAS_POISON and atomic_load_u8(state) == entry.cache.own_state:
+        poison(address, block_bytes(heap, address, size_class))
+    return magazine_push(entry.cache, size_class, state, address)
+
+
+cdef bint heap_free_fast(heap_t *heap, char *address) noexcept nogil:
+    """Free a block that this thread had allocated; False where it takes heap_free_slow."""
+    return free_fast(heap, address)
 
 
 cdef int heap_free(heap_t *heap, char *address) noexcept nogil:
     """Take back what heap_alloc gave: FREED, or NOT_OURS / NOT_LIVE and nothing changed."""
-    if LIKELY(heap_free_fast(heap, address)):
+    if LIKELY(free_fast(heap, address)):
         return FREED
     return heap_free_slow(heap, address)
 
@@ -343,46 +352,49 @@ cdef int heap_free_slow(heap_t *heap, char *address) noexcept nogil:
     """As heap_free, for a full magazine, another thread's block, and what is none."""
     cdef thread_cache_t *cache = cache_of(heap)
     cdef chunk_t *chunk = block_chunk(&heap.blocks, address)
-    cdef uint32_t size_class
-    cdef uint8_t *state
+    cdef size_t size_class
+    cdef block_t block
     cdef uint8_t live
     if chunk == NULL or atomic_load_ptr(&chunk.owner) != heap:
         return NOT_OURS
     size_class = block_class(&heap.blocks, chunk, address)
-    state = block_state(&heap.blocks, chunk, address, size_class)
-    if state == NULL or size_class == 0:
+    block.address = address
+    block.state = block_state(&heap.blocks, chunk, address, size_class)
+    if block.state == NULL or size_class == 0:
         return NOT_OURS
     if cache == NULL:
         cache = new_cache(heap)
-    live = atomic_load_u8(state)
+    live = atomic_load_u8(block.state)
     if HAS_POISON and live >= STATE_FIRST_TAG:
         poison(address, block_bytes(heap, address, size_class))
     while live >= STATE_FIRST_TAG:
         if cache != NULL and live == cache.own_state:
-            if thread_cache_free(cache, &heap.centrals[size_class], state, address):
+            if thread_cache_free(cache, &heap.centrals[size_class], block):
                 heap_collect_if_due(heap)
                 return FREED
-        elif atomic_swap_u8(state, live, STATE_FREE if live == STATE_SHARED else STATE_RETURNING):
-            put_away(heap, cache, address, size_class, live)
+        elif atomic_swap_u8(
+            block.state, live, STATE_FREE if live == STATE_SHARED else STATE_RETURNING
+        ):
+            put_away(heap, cache, block, size_class, live)
             heap_collect_if_due(heap)
             return FREED
-        live = atomic_load_u8(state)
+        live = atomic_load_u8(block.state)
     return NOT_LIVE
 
 
 cdef void put_away(
-    heap_t *heap, thread_cache_t *cache, char *address, uint32_t size_class, uint8_t tag
+    heap_t *heap, thread_cache_t *cache, block_t block, size_t size_class, uint8_t tag
 ) noexcept nogil:
     """See to a block that this thread freed and another had allocated; `cache` may be NULL."""
     if size_class == UNCACHED_RUN:
-        central_give_back(&heap.centrals[UNCACHED_RUN], &address, 1)
+        central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1)
     elif tag == STATE_SHARED and cache != NULL:
-        thread_cache_put(cache, &heap.centrals[size_class], address)
+        thread_cache_put(cache, &heap.centrals[size_class], block)
     elif tag == STATE_SHARED:
-        central_put(&heap.centrals[size_class], &address, 1)
+        central_put(&heap.centrals[size_class], &block, 1)
     elif cache == NULL:
-        heap_return_block(heap, address, tag)
-    elif thread_cache_return(cache, address, tag):
+        heap_return_block(heap, block, tag)
+    elif thread_cache_return(cache, block, tag):
         heap_deliver(heap, cache)
 
 
@@ -415,7 +427,7 @@ cdef size_t heap_usable_bytes(heap_t *heap, const char *address) noexcept nogil:
     """The length of the live block that starts at `address`; 0: there is none."""
     cdef chunk_t *chunk = block_chunk(&heap.blocks, address)
     cdef uint8_t *state
-    cdef uint32_t size_class
+    cdef size_t size_class
     if chunk == NULL or atomic_load_ptr(&chunk.owner) != heap:
         return 0
     size_class = block_class(&heap.blocks, chunk, address)

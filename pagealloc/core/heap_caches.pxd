@@ -3,13 +3,14 @@
 from libc.stdint cimport int64_t, uint8_t
 
 from pagealloc.core.heap_state cimport heap_t
+from pagealloc.core.page_map cimport block_t
 from pagealloc.core.thread_cache cimport thread_cache_t
 
 cdef void heap_add_cache(heap_t *heap, thread_cache_t *cache) noexcept nogil
 cdef bint heap_retire_cache(heap_t *heap, thread_cache_t *cache, bint for_good) noexcept nogil
 cdef void heap_drop_caches(heap_t *heap) noexcept nogil
 cdef void heap_deliver(heap_t *heap, thread_cache_t *cache) noexcept nogil
-cdef void heap_return_block(heap_t *heap, char *block, uint8_t tag) noexcept nogil
+cdef void heap_return_block(heap_t *heap, block_t block, uint8_t tag) noexcept nogil
 cdef void heap_count_idle(heap_t *heap, int64_t *n_idle) noexcept nogil
 cdef int64_t heap_idle_bytes(heap_t *heap) noexcept nogil
 cdef void heap_reclaim(heap_t *heap) noexcept nogil

@@ -33,7 +33,6 @@ from pagealloc.core.block_map cimport (
     STATE_SHARED,
     block_chunk,
     block_class,
-    known_block_state,
 )
 from pagealloc.core.central cimport central_collect, central_put, central_trim
 from pagealloc.core.heap_state cimport MAX_SIZE_CLASSES, heap_t, next_class
@@ -41,6 +40,7 @@ from pagealloc.core.mutex cimport mutex_lock, mutex_trylock, mutex_unlock
 from pagealloc.core.os_memory cimport os_coarse_now_ns
 from pagealloc.core.owner_lock cimport owner_lock_orphan
 from pagealloc.core.page_heap cimport page_heap_trim
+from pagealloc.core.page_map cimport block_t
 from pagealloc.core.thread_cache cimport (
     outbox_t,
     thread_cache_accept,
@@ -78,23 +78,23 @@ cdef void heap_add_cache(heap_t *heap, thread_cache_t *cache) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # Locked: the caller holds caches_mutex
 
-cdef void deliver_one(heap_t *heap, char *block, uint8_t tag) noexcept nogil:
+cdef void deliver_one(heap_t *heap, block_t block, uint8_t tag) noexcept nogil:
     """Carry a block to the inbox of the cache it belongs to.
 
     Where the inbox is full, all of it goes to the central lists; where the cache is gone, the block.
     """
     cdef thread_cache_t *cache = heap.cache_of_tag[tag]
-    cdef uint32_t size_class
+    cdef size_t size_class
     while cache != NULL and not thread_cache_accept(cache, block):
         if not thread_cache_drain(cache, heap.centrals, &heap.blocks, False):
             break       # no barrier to be had, and nobody may touch it without: it is lost
     if cache != NULL:
         return
     # Without an owner, nobody frees it by plain stores.
-    size_class = block_class(&heap.blocks, block_chunk(&heap.blocks, block), block)
-    if atomic_swap_u8(
-        known_block_state(&heap.blocks, block, size_class), STATE_RETURNING, STATE_FREE
-    ):
+    size_class = block_class(
+        &heap.blocks, block_chunk(&heap.blocks, block.address), block.address
+    )
+    if atomic_swap_u8(block.state, STATE_RETURNING, STATE_FREE):
         central_put(&heap.centrals[size_class], &block, 1)
 
 
@@ -148,7 +148,7 @@ cdef void heap_deliver(heap_t *heap, thread_cache_t *cache) noexcept nogil:
     mutex_unlock(&heap.caches_mutex)
 
 
-cdef void heap_return_block(heap_t *heap, char *block, uint8_t tag) noexcept nogil:
+cdef void heap_return_block(heap_t *heap, block_t block, uint8_t tag) noexcept nogil:
     """The same for one block, freed by a thread that has no cache."""
     mutex_lock(&heap.caches_mutex)
     deliver_one(heap, block, tag)

@@ -44,12 +44,12 @@ cdef void heap_init_classes(heap_t *heap) noexcept nogil:
     heap.largest_table_bytes = MAX_TABLE_PAGES * heap.pages.page_bytes
     for i in range(1, heap.classes.n_classes + 1):
         add_slot_class(heap, heap.classes.slot_bytes[i])
-    central_init_runs(&heap.centrals[UNCACHED_RUN], &heap.pages, UNCACHED_RUN, run_key(1, 1))
+    central_init_runs(&heap.centrals[UNCACHED_RUN], &heap.pages, &heap.blocks, UNCACHED_RUN, run_key(1, 1))
 
 
 cdef int add_slot_class(heap_t *heap, uint32_t slot_bytes) noexcept nogil:
     cdef int i = <int>heap.n_slot_classes + 1
-    central_init_slots(&heap.centrals[i], &heap.pages, <uint16_t>i, slot_bytes)
+    central_init_slots(&heap.centrals[i], &heap.pages, &heap.blocks, <uint16_t>i, slot_bytes)
     block_map_add_slots(&heap.blocks, i, slot_bytes)
     atomic_store_i64(&heap.n_slot_classes, i)
     return i
@@ -88,7 +88,7 @@ cdef int heap_run_class(heap_t *heap, int64_t key) noexcept nogil:
     if size_class == end_class:
         if size_class < UNCACHED_RUN:
             central_init_runs(
-                &heap.centrals[size_class], &heap.pages, <uint16_t>size_class, key
+                &heap.centrals[size_class], &heap.pages, &heap.blocks, <uint16_t>size_class, key
             )
             atomic_add_i64(&heap.n_run_classes, 1)
         else:

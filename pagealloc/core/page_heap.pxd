@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint16_t
 from pagealloc.core.arena cimport arena_t
 from pagealloc.core.free_runs cimport free_runs_t
 from pagealloc.core.mutex cimport mutex_t
-from pagealloc.core.page_map cimport page_map_t
+from pagealloc.core.page_map cimport block_t, page_map_t
 from pagealloc.core.page_run cimport run_t
 
 cdef enum:                      # what a free by address comes to
@@ -38,7 +38,7 @@ cdef run_t *page_heap_alloc(
     page_heap_t *pages, int64_t n_pages, size_t align_bytes, uint16_t size_class, void *slab,
     bint may_grow, bint *fresh, int *error
 ) noexcept nogil
-cdef void page_heap_free(page_heap_t *pages, char *const *addresses, int64_t n) noexcept nogil
+cdef void page_heap_free(page_heap_t *pages, const block_t *blocks, int64_t n) noexcept nogil
 cdef size_t page_heap_run_bytes(page_heap_t *pages, const char *address) noexcept nogil
 cdef bint page_heap_has_own_arena(
     const page_heap_t *pages, int64_t n_pages, size_t align_bytes

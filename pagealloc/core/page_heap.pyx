@@ -52,6 +52,7 @@ from pagealloc.core.atomics cimport atomic_store_u16
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
 from pagealloc.core.page_map cimport (
     CHUNK_BYTES,
+    block_t,
     chunk_t,
     page_map_add,
     page_map_arena,
@@ -351,7 +352,7 @@ cdef run_t *page_heap_alloc(
     return run if error[0] == 0 else NULL
 
 
-cdef void page_heap_free(page_heap_t *pages, char *const *addresses, int64_t n) noexcept nogil:
+cdef void page_heap_free(page_heap_t *pages, const block_t *blocks, int64_t n) noexcept nogil:
     """Take back runs and slabs by where they start, and merge each with its free neighbours.
 
     A dedicated arena goes back to the kernel; refused, it stays for the next request.
@@ -361,8 +362,10 @@ cdef void page_heap_free(page_heap_t *pages, char *const *addresses, int64_t n) 
     cdef run_t *run
     mutex_lock(&pages.mutex)
     for i in range(n):
-        arena = <arena_t *>page_map_arena(pages.map, addresses[i], pages.owner)
-        run = arena.run_of_page[(addresses[i] - arena.address) // <int64_t>pages.page_bytes]
+        arena = <arena_t *>page_map_arena(pages.map, blocks[i].address, pages.owner)
+        run = arena.run_of_page[
+            (blocks[i].address - arena.address) // <int64_t>pages.page_bytes
+        ]
         poison(run.address, <size_t>run.n_pages * pages.page_bytes)
         set_class(pages, run, 0)
         pages.used_pages -= run.n_pages

@@ -31,6 +31,10 @@ cdef struct chunk_t:                # 25 cache lines: an odd number spreads them
     uint16_t class_of_page[CHUNK_MAX_PAGES]
     uint8_t state_of_page[CHUNK_MAX_PAGES]      # of the run that starts there; atomic
 
+cdef struct block_t:                # as it travels between magazines and lists
+    char *address
+    uint8_t *state                  # where its state is: computed once, not at every allocation
+
 cdef struct page_map_t:
     mutex_t mutex                   # writers
     chunk_t *unused                 # descriptors; all their states and classes are 0

@@ -3,6 +3,7 @@
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 from pagealloc.core.page_heap cimport page_heap_t
+from pagealloc.core.page_map cimport block_t
 from pagealloc.core.page_run cimport run_t
 
 cdef struct slab_t:
@@ -31,8 +32,8 @@ cdef void slabs_init(
 ) noexcept nogil
 cdef void slabs_destroy(slabs_t *slabs) noexcept nogil
 cdef int64_t slabs_take(
-    slabs_t *slabs, char **slots, int64_t n, bint may_grow, int *error
+    slabs_t *slabs, block_t *slots, int64_t n, bint may_grow, int *error
 ) noexcept nogil
-cdef void slabs_put(slabs_t *slabs, char *const *slots, int64_t n) noexcept nogil
+cdef void slabs_put(slabs_t *slabs, const block_t *slots, int64_t n) noexcept nogil
 cdef void slabs_trim(slabs_t *slabs) noexcept nogil
 cdef const char *slabs_check(slabs_t *slabs) noexcept nogil

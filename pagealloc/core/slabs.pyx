@@ -25,7 +25,7 @@ from libc.string cimport memset
 
 from pagealloc.core.arena cimport arena_t
 from pagealloc.core.page_heap cimport page_heap_alloc, page_heap_free, page_heap_t
-from pagealloc.core.page_map cimport page_map_arena
+from pagealloc.core.page_map cimport block_t, page_map_arena
 from pagealloc.core.page_run cimport RUN_SLAB
 from pagealloc.core.size_class cimport SLAB_BYTES
 
@@ -107,8 +107,9 @@ cdef slab_t *new_slab(slabs_t *slabs, bint may_grow, int *error) noexcept nogil:
 
 cdef void drop_slab(slabs_t *slabs, slab_t *slab) noexcept nogil:
     """Give a wholly free slab's run back."""
-    cdef char *address = slab.run.address
-    page_heap_free(slabs.pages, &address, 1)
+    cdef block_t block
+    block.address = slab.run.address
+    page_heap_free(slabs.pages, &block, 1)
     slab.run = NULL
     slab.next = slabs.unused
     slabs.unused = slab
@@ -148,9 +149,12 @@ cdef slab_t *take_empty(slabs_t *slabs, bint may_grow, int *error) noexcept nogi
 # What others call
 
 cdef int64_t slabs_take(
-    slabs_t *slabs, char **slots, int64_t n, bint may_grow, int *error
+    slabs_t *slabs, block_t *slots, int64_t n, bint may_grow, int *error
 ) noexcept nogil:
-    """Fill in up to `n` slots of one slab; how many: 0 with a code in `error` if none can be had."""
+    """Fill in the addresses of up to `n` slots of one slab; how many.
+
+    0 with a code in `error` if none can be had.
+    """
     cdef slab_t *slab = slabs.partial
     cdef uint32_t word, i
     cdef int64_t n_taken = 0
@@ -166,7 +170,7 @@ cdef int64_t slabs_take(
         i = word * 64 + <uint32_t>count_trailing_zeros(slab.free_bits[word])
         slab.free_bits[word] &= slab.free_bits[word] - 1
         slab.n_free -= 1
-        slots[n_taken] = slot_address(slabs, slab, i)
+        slots[n_taken].address = slot_address(slabs, slab, i)
         n_taken += 1
     slab.first_word = word
     if slab.n_free == 0:
@@ -185,7 +189,7 @@ cdef slab_t *slab_of(const slabs_t *slabs, const char *slot) noexcept nogil:
     ].slab
 
 
-cdef void slabs_put(slabs_t *slabs, char *const *slots, int64_t n) noexcept nogil:
+cdef void slabs_put(slabs_t *slabs, const block_t *slots, int64_t n) noexcept nogil:
     """Take back slots that `slabs_take` gave."""
     cdef size_t page_bytes = slabs.pages.page_bytes
     cdef size_t offset
@@ -193,8 +197,8 @@ cdef void slabs_put(slabs_t *slabs, char *const *slots, int64_t n) noexcept nogi
     cdef int64_t k
     cdef slab_t *slab
     for k in range(n):
-        slab = slab_of(slabs, slots[k])
-        offset = <size_t>(slots[k] - slab.run.address)
+        slab = slab_of(slabs, slots[k].address)
+        offset = <size_t>(slots[k].address - slab.run.address)
         i = <uint32_t>(offset // page_bytes) * slabs.n_slots_per_page
         i += <uint32_t>(offset % page_bytes) // slabs.slot_bytes
         slab.free_bits[i // 64] |= <uint64_t>1 << (i % 64)

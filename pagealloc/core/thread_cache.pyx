@@ -43,7 +43,6 @@ from pagealloc.core.block_map cimport (
     block_chunk,
     block_class,
     block_map_t,
-    known_block_state,
 )
 from pagealloc.core.central cimport (
     central_give_back,
@@ -60,6 +59,7 @@ from pagealloc.core.os_memory cimport (
     os_page_bytes,
     os_reserve,
 )
+from pagealloc.core.page_map cimport block_t
 from pagealloc.core.owner_lock cimport (
     owner_enter,
     owner_leave,
@@ -84,7 +84,6 @@ cdef thread_cache_t *thread_cache_new() noexcept nogil:
     os_advise(cache, cache_bytes(), MADV_NOHUGEPAGE)    # refused: no harm but memory
     owner_lock_init(&cache.lock)
     cache.thread = pthread_self()
-    cache.countdown = 1
     cache.random = 2463534242
     return cache
 
@@ -119,7 +118,7 @@ cdef inline int next_used(const thread_cache_t *cache, int size_class) noexcept 
 
 
 cdef int64_t push(
-    thread_cache_t *cache, central_t *central, char *block, char **spilled
+    thread_cache_t *cache, central_t *central, block_t block, block_t *spilled
 ) noexcept nogil:
     """Put a free block into its magazine; how many others it displaced, the coldest, or itself."""
     cdef magazine_t *magazine = &cache.magazines[central.size_class]
@@ -128,8 +127,8 @@ cdef int64_t push(
         open_magazine(cache, magazine, central)
     if magazine.n == magazine.capacity:
         n = magazine.n // 2 + (magazine.n > 0)
-        memcpy(spilled, magazine.blocks, <size_t>n * sizeof(char *))
-        memmove(magazine.blocks, magazine.blocks + n, <size_t>(magazine.n - n) * sizeof(char *))
+        memcpy(spilled, magazine.blocks, <size_t>n * sizeof(block_t))
+        memmove(magazine.blocks, magazine.blocks + n, <size_t>(magazine.n - n) * sizeof(block_t))
         atomic_store_u16(&magazine.n, <uint16_t>(magazine.n - n))
     if magazine.n == magazine.capacity:     # larger than any magazine
         spilled[0] = block
@@ -139,9 +138,9 @@ cdef int64_t push(
     return n
 
 
-cdef int64_t empty_magazine(magazine_t *magazine, char **blocks) noexcept nogil:
+cdef int64_t empty_magazine(magazine_t *magazine, block_t *blocks) noexcept nogil:
     cdef int64_t n = magazine.n
-    memcpy(blocks, magazine.blocks, <size_t>n * sizeof(char *))
+    memcpy(blocks, magazine.blocks, <size_t>n * sizeof(block_t))
     atomic_store_u16(&magazine.n, 0)
     return n
 
@@ -153,16 +152,15 @@ cdef void settle_inbox(
 
     Only while the owner is not in the middle of a free: by itself, or with its lock seized.
     """
-    cdef char *spilled[MAGAZINE_SLOTS]
-    cdef char *block
-    cdef uint32_t i, size_class
+    cdef block_t spilled[MAGAZINE_SLOTS]
+    cdef block_t block
+    cdef uint32_t i
+    cdef size_t size_class
     cdef int64_t n
     for i in range(cache.inbox.n):
         block = cache.inbox.blocks[i]
-        size_class = block_class(map, block_chunk(map, block), block)
-        if not size_class or not atomic_swap_u8(
-            known_block_state(map, block, size_class), STATE_RETURNING, STATE_FREE
-        ):
+        size_class = block_class(map, block_chunk(map, block.address), block.address)
+        if not atomic_swap_u8(block.state, STATE_RETURNING, STATE_FREE):
             atomic_add_i64(&n_conflicts, 1)     # its owner freed it too, and it is in a magazine
             continue
         if into_magazines:
@@ -178,18 +176,18 @@ cdef void settle_inbox(
 # ---------------------------------------------------------------------------------------------
 # By the owner, when the few instructions of a pop or push do not do
 
-cdef char *thread_cache_refill(
-    thread_cache_t *cache, central_t *centrals, block_map_t *map, uint32_t size_class, int64_t key,
-    bint may_grow, bint *fresh, int *error
+cdef bint thread_cache_refill(
+    thread_cache_t *cache, central_t *centrals, block_map_t *map, size_t size_class, int64_t key,
+    bint may_grow, block_t *block, bint *fresh, int *error
 ) noexcept nogil:
     """A block of the class that is `key`, and more for the magazine if they are at hand.
 
-    NULL with a code in `error`, as central_take.
+    False with a code in `error`, as central_take.
     """
     cdef central_t *central = &centrals[size_class]
     cdef magazine_t *magazine = &cache.magazines[size_class]
-    cdef char *block = NULL
     cdef int64_t n
+    cdef bint is_served
     fresh[0] = False
     error[0] = 0
     mutex_lock(&cache.lock.mutex)
@@ -202,25 +200,26 @@ cdef char *thread_cache_refill(
         if n and magazine.capacity == 0:
             open_magazine(cache, magazine, central)
         atomic_store_u16(&magazine.n, <uint16_t>n)
-    if magazine.n:
-        block = magazine.blocks[magazine.n - 1]
+    is_served = magazine.n > 0
+    if is_served:
+        block[0] = magazine.blocks[magazine.n - 1]
         atomic_store_u16(&magazine.n, <uint16_t>(magazine.n - 1))
         atomic_bump_i64(&magazine.n_allocs)
     mutex_unlock(&cache.lock.mutex)
-    return block
+    return is_served
 
 
 cdef bint thread_cache_free(
-    thread_cache_t *cache, central_t *central, uint8_t *state, char *block
+    thread_cache_t *cache, central_t *central, block_t block
 ) noexcept nogil:
     """Free a block the owner had allocated; False if it is not live, or not the owner's."""
-    cdef char *spilled[MAGAZINE_SLOTS]
+    cdef block_t spilled[MAGAZINE_SLOTS]
     cdef int64_t n = 0
     cdef bint is_own
     mutex_lock(&cache.lock.mutex)
-    is_own = atomic_load_u8(state) == cache.own_state
+    is_own = atomic_load_u8(block.state) == cache.own_state
     if is_own:
-        atomic_store_u8(state, STATE_FREE)
+        atomic_store_u8(block.state, STATE_FREE)
         n = push(cache, central, block, spilled)
     mutex_unlock(&cache.lock.mutex)
     if n:
@@ -228,11 +227,9 @@ cdef bint thread_cache_free(
     return is_own
 
 
-cdef void thread_cache_put(
-    thread_cache_t *cache, central_t *central, char *block
-) noexcept nogil:
+cdef void thread_cache_put(thread_cache_t *cache, central_t *central, block_t block) noexcept nogil:
     """Keep a block that is free already and nobody's."""
-    cdef char *spilled[MAGAZINE_SLOTS]
+    cdef block_t spilled[MAGAZINE_SLOTS]
     cdef int64_t n
     mutex_lock(&cache.lock.mutex)
     n = push(cache, central, block, spilled)
@@ -241,7 +238,7 @@ cdef void thread_cache_put(
         central_put(central, spilled, n)
 
 
-cdef bint thread_cache_return(thread_cache_t *cache, char *block, uint8_t tag) noexcept nogil:
+cdef bint thread_cache_return(thread_cache_t *cache, block_t block, uint8_t tag) noexcept nogil:
     """Put another cache's block into the outbox; True if that is full now, and wants delivery."""
     cdef uint32_t n
     cdef bint entered = owner_enter(&cache.lock)
@@ -282,7 +279,7 @@ cdef int64_t thread_cache_take_outbox(thread_cache_t *cache, outbox_t *outbox) n
     return outbox.n
 
 
-cdef bint thread_cache_accept(thread_cache_t *cache, char *block) noexcept nogil:
+cdef bint thread_cache_accept(thread_cache_t *cache, block_t block) noexcept nogil:
     """Put a block the owner had allocated into its inbox; False if that is full."""
     cdef bint has_room
     mutex_lock(&cache.lock.mutex)
@@ -301,7 +298,7 @@ cdef bint thread_cache_drain(
 
     False, and nothing changed, if the kernel refuses to keep the owner out.
     """
-    cdef char *blocks[MAGAZINE_SLOTS]
+    cdef block_t blocks[MAGAZINE_SLOTS]
     cdef int64_t n
     cdef int i
     if not owner_lock_seize(&cache.lock):
@@ -319,14 +316,13 @@ cdef bint thread_cache_drain(
     return True
 
 
-cdef bint is_unused(thread_cache_t *cache, int i) noexcept nogil:
+cdef bint is_unused(magazine_t *magazine, magazine_age_t *age) noexcept nogil:
     """True if a magazine holds blocks and has neither given nor taken any since the last look."""
-    cdef magazine_t *magazine = &cache.magazines[i]
     cdef int64_t n_allocs = atomic_load_i64(&magazine.n_allocs)
     cdef uint16_t n = atomic_load_u16(&magazine.n)
-    cdef bint unused = n and n == magazine.n_victims and n_allocs == cache.n_seen_allocs[i]
-    magazine.n_victims = n
-    cache.n_seen_allocs[i] = n_allocs
+    cdef bint unused = n and n == age.n and n_allocs == age.n_allocs
+    age.n = n
+    age.n_allocs = n_allocs
     return unused
 
 
@@ -337,7 +333,7 @@ cdef void thread_cache_collect(
 
     So does what others have freed.  The caller sees to it that there is one collection at a time.
     """
-    cdef char *blocks[MAGAZINE_SLOTS]
+    cdef block_t blocks[MAGAZINE_SLOTS]
     cdef int64_t n
     cdef bint unused
     cdef bint is_seized = False
@@ -346,8 +342,8 @@ cdef void thread_cache_collect(
         is_seized = True
         settle_inbox(cache, centrals, map, False)
     while i < MAX_SIZE_CLASSES:
-        unused = is_unused(cache, i)
-        if unused and cache.magazines[i].is_victim:
+        unused = is_unused(&cache.magazines[i], &cache.ages[i])
+        if unused and cache.ages[i].is_victim:
             # Only now is the owner disturbed: an idle thread's magazines cost the barrier once.
             if not is_seized and not owner_lock_seize(&cache.lock):
                 return      # at the next collection, then
@@ -356,7 +352,7 @@ cdef void thread_cache_collect(
             if n:
                 central_give_back(&centrals[i], blocks, n)
             unused = False
-        cache.magazines[i].is_victim = unused
+        cache.ages[i].is_victim = unused
         i = next_used(cache, i + 1)
     if is_seized:
         owner_lock_release(&cache.lock)
@@ -375,13 +371,14 @@ cdef bint thread_cache_forget(thread_cache_t *cache, int size_class) noexcept no
 
 
 cdef void count_returning(
-    block_map_t *map, char *const *blocks, uint32_t n, int64_t *n_idle
+    block_map_t *map, const block_t *blocks, uint32_t n, int64_t *n_idle
 ) noexcept nogil:
-    cdef uint32_t i, size_class
+    cdef uint32_t i
     for i in range(n):
-        size_class = block_class(map, block_chunk(map, blocks[i]), blocks[i])
-        if atomic_load_u8(known_block_state(map, blocks[i], size_class)) == STATE_RETURNING:
-            n_idle[size_class] += 1
+        if atomic_load_u8(blocks[i].state) == STATE_RETURNING:
+            n_idle[
+                block_class(map, block_chunk(map, blocks[i].address), blocks[i].address)
+            ] += 1
 
 
 cdef void thread_cache_count_idle(
