@@ -65,23 +65,25 @@ cdef inline chunk_t *block_chunk(block_map_t *blocks, const void *address) noexc
     return page_map_chunk(blocks.map, address)
 
 
+cdef inline size_t page_in_chunk(block_map_t *blocks, const void *address) noexcept nogil:
+    return (<uintptr_t>address >> blocks.page_shift) & blocks.chunk_page_mask
+
+
 cdef inline size_t block_class(
     block_map_t *blocks, chunk_t *chunk, const void *address
 ) noexcept nogil:
     """The class of the run that starts at `address`'s page, or of the slab that covers it."""
-    return atomic_load_u16(
-        &chunk.class_of_page[(<uintptr_t>address >> blocks.page_shift) & blocks.chunk_page_mask]
-    )
+    return atomic_load_u16(&chunk.class_of_page[page_in_chunk(blocks, address)])
 
 
 cdef inline uint8_t *block_state(
     block_map_t *blocks, chunk_t *chunk, const void *address, size_t size_class
 ) noexcept nogil:
     """The state of the block that starts at `address`; NULL if none of the class can."""
-    cdef size_t page = (<uintptr_t>address >> blocks.page_shift) & blocks.chunk_page_mask
+    cdef size_t page = page_in_chunk(blocks, address)
     cdef size_t offset = <uintptr_t>address & blocks.page_mask
     cdef size_t slot
-    if size_class >= FIRST_RUN_CLASS:
+    if LIKELY(size_class >= FIRST_RUN_CLASS):
         return &chunk.state_of_page[page] if LIKELY(offset == 0) else NULL
     slot = offset * blocks.slots[size_class].reciprocal >> 32
     if slot * blocks.slots[size_class].nbytes != offset:

@@ -138,25 +138,34 @@ cdef size_t block_bytes(heap_t *heap, const char *address, size_t size_class) no
 # ---------------------------------------------------------------------------------------------
 # alloc
 
-cdef inline char *alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+cdef inline size_t class_of_usual(heap_t *heap, size_t nbytes) noexcept nogil:
+    if nbytes <= heap.classes.largest_bytes:
+        return size_class_of(&heap.classes, nbytes)
+    return atomic_load_u16(
+        &heap.class_of_pages[(nbytes + heap.blocks.page_mask) >> heap.blocks.page_shift]
+    )
+
+
+cdef inline char *pop(heap_t *heap, size_t size_class) noexcept nogil:
+    """A block from this thread's magazine; NULL if that takes more than a few nanoseconds."""
     cdef cache_entry_t *entry = entry_of(heap)
-    cdef size_t size_class
     cdef char *address
-    if LIKELY(align_bytes <= SLOT_UNIT_BYTES and nbytes <= heap.largest_table_bytes):
-        if nbytes <= heap.classes.largest_bytes:
-            size_class = size_class_of(&heap.classes, nbytes)
-        else:
-            size_class = atomic_load_u16(
-                &heap.class_of_pages[(nbytes + heap.blocks.page_mask) >> heap.blocks.page_shift]
-            )
-    else:
-        size_class = class_of_unusual(heap, nbytes, align_bytes)
     if not LIKELY(entry.generation == heap.generation):
         return NULL
     address = magazine_pop(entry.cache, size_class)
     if HAS_POISON and address != NULL:
         unpoison(address, block_bytes(heap, address, size_class))
     return address
+
+
+cdef inline char *alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+    if LIKELY(align_bytes <= SLOT_UNIT_BYTES and nbytes <= heap.largest_table_bytes):
+        return pop(heap, class_of_usual(heap, nbytes))
+    return pop_unusual(heap, nbytes, align_bytes)
+
+
+cdef char *pop_unusual(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+    return pop(heap, class_of_unusual(heap, nbytes, align_bytes))
 
 
 cdef char *heap_alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
@@ -201,9 +210,7 @@ cdef size_t class_of_unusual(
         size_class = size_class_aligned(&heap.classes, nbytes, align_bytes)
         if size_class != NO_CLASS:
             return size_class
-        return atomic_load_u16(
-            &heap.class_of_pages[(nbytes + heap.blocks.page_mask) >> heap.blocks.page_shift]
-        )
+        return class_of_usual(heap, nbytes)
     key = key_of(heap, nbytes, align_bytes)
     size_class = atomic_load_u16(&heap.key_hints[heap_key_hint(key)])
     return size_class if atomic_load_i64(&heap.centrals[size_class].key) == key else 0

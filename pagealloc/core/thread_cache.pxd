@@ -4,13 +4,14 @@ The inline half: popping and pushing a block, as the owner does it.  A pop or pu
 plain loads and stores: no lock, no atomic read-modify-write, no call.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 from pagealloc.core.atomics cimport (
     atomic_load_u8,
+    atomic_load_ptr,
     atomic_store_i64,
+    atomic_store_ptr,
     atomic_store_u8,
-    atomic_store_u16,
 )
 from pagealloc.core.block_map cimport LIKELY, STATE_FREE, block_map_t
 from pagealloc.core.central cimport central_t
@@ -26,21 +27,21 @@ cdef enum:
     MAX_SIZE_CLASSES = 1024         # of a heap; 0 is none: its magazine has no room and no block
     USED_WORDS = MAX_SIZE_CLASSES // 64
     UNCACHED_RUN = MAX_SIZE_CLASSES - 1     # runs of all sizes that found no class of their own
-    MAGAZINE_SLOTS = 63             # 1 KiB with the header
+    MAGAZINE_SLOTS = 62             # 1 KiB with the header
     MAGAZINE_MAX_BYTES = 64 << 20   # a magazine holds no more than that
     OUTBOX_SLOTS = 64
     INBOX_SLOTS = 1024
 
 cdef struct magazine_t:
-    uint16_t n                      # the blocks in it
-    uint16_t capacity               # 0 until it is first used
-    uint32_t next_timed             # n_allocs, its lower half, of the next allocation to be timed
-    int64_t n_allocs                # served from it; the owner writes it, others may read it
-    block_t blocks[MAGAZINE_SLOTS]
+    block_t *top                    # one past the last block in it; NULL until it is first used
+    block_t *limit                  # one past the last place; the same
+    int64_t n_allocs                # served from it
+    int64_t next_timed              # n_allocs of the next allocation whose time is taken
+    block_t blocks[MAGAZINE_SLOTS]  # `top` and `n_allocs` are written by the owner, read by others
 
 cdef struct magazine_age_t:         # the collector's
     int64_t n_allocs                # what it was when it was last looked at,
-    uint16_t n                      # ... and what was in it,
+    int64_t n                       # ... and what was in it,
     bint is_victim                  # ... and whether it sat unused then
 
 cdef struct inbox_t:                # blocks of all classes, in state RETURNING
@@ -97,22 +98,26 @@ cdef void thread_cache_count_idle(
 cdef int64_t thread_cache_n_conflicts() noexcept nogil
 
 
+cdef inline int64_t magazine_n(const magazine_t *magazine) noexcept nogil:
+    """How many blocks are in it, as far as can be told from outside."""
+    cdef block_t *top = <block_t *>atomic_load_ptr(<void **>&magazine.top)
+    return 0 if top == NULL else top - magazine.blocks
+
+
 cdef inline char *magazine_pop(thread_cache_t *cache, size_t size_class) noexcept nogil:
     """A block from the owner's magazine, live now; NULL: it is empty, or the time is to be taken."""
     cdef magazine_t *magazine = &cache.magazines[size_class]
-    cdef block_t *block
+    cdef block_t *top
     cdef char *address = NULL
     cdef int64_t n_allocs
-    cdef size_t n
-    if owner_enter(&cache.lock):
-        n = magazine.n
+    if LIKELY(owner_enter(&cache.lock)):
+        top = magazine.top
         n_allocs = magazine.n_allocs + 1
-        if LIKELY(n != 0 and <uint32_t>n_allocs != magazine.next_timed):
-            n -= 1
-            block = &magazine.blocks[n]
-            address = block.address
-            atomic_store_u8(block.state, cache.tag)
-            atomic_store_u16(&magazine.n, <uint16_t>n)
+        if LIKELY(top > magazine.blocks and n_allocs != magazine.next_timed):
+            top -= 1
+            address = top.address
+            atomic_store_u8(top.state, cache.tag)
+            atomic_store_ptr(<void **>&magazine.top, top)
             atomic_store_i64(&magazine.n_allocs, n_allocs)
     owner_leave(&cache.lock)
     return address
@@ -127,19 +132,17 @@ cdef inline bint magazine_push(
     or is being collected.
     """
     cdef magazine_t *magazine = &cache.magazines[size_class]
-    cdef block_t *block
+    cdef block_t *top
     cdef bint done = False
-    cdef size_t n
-    if owner_enter(&cache.lock):
-        n = magazine.n
-        if LIKELY(atomic_load_u8(state) == cache.own_state and n < magazine.capacity):
+    if LIKELY(owner_enter(&cache.lock)):
+        top = magazine.top
+        if LIKELY(atomic_load_u8(state) == cache.own_state and top < magazine.limit):
             # No exchange: whoever else frees this block at the same instant only marks it as
             # returning, and does not use it.  If that mark is lost here, it is found missing.
             atomic_store_u8(state, STATE_FREE)
-            block = &magazine.blocks[n]
-            block.address = address
-            block.state = state
-            atomic_store_u16(&magazine.n, <uint16_t>(n + 1))
+            top.address = address
+            top.state = state
+            atomic_store_ptr(<void **>&magazine.top, top + 1)
             done = True
     owner_leave(&cache.lock)
     return done

@@ -10,10 +10,11 @@ Structure
     outbox      blocks that this thread freed and others allocated, on their way to them
     inbox       blocks that others freed and this thread allocated
 Invariants
-    0 <= n <= capacity <= MAGAZINE_SLOTS; capacity * block_bytes <= MAGAZINE_MAX_BYTES
+    blocks <= top <= limit <= blocks + MAGAZINE_SLOTS, or both NULL: no room yet
+    (limit - blocks) * block_bytes <= MAGAZINE_MAX_BYTES
     a block is in at most one magazine, in state FREE; in a box it is RETURNING, unless two threads
     freed it in the same instant: then its box entry is dropped when it is looked at
-    a bit of `used` is set iff the magazine's capacity is, or was, above 0
+    a bit of `used` is set iff the magazine has, or had, a limit
 Locking
     The owner enters by `lock` alone.  Its slow paths, and everyone else, hold the lock's mutex, under
     which the central list's may be taken; no two caches' mutexes at a time.
@@ -21,7 +22,7 @@ Units
     Blocks.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove
 
 from pagealloc.core.atomics cimport (
@@ -29,11 +30,10 @@ from pagealloc.core.atomics cimport (
     atomic_bump_i64,
     atomic_load_i64,
     atomic_load_u8,
-    atomic_load_u16,
     atomic_load_u32,
     atomic_store_i64,
+    atomic_store_ptr,
     atomic_store_u8,
-    atomic_store_u16,
     atomic_store_u32,
     atomic_swap_u8,
 )
@@ -97,12 +97,18 @@ cdef void thread_cache_delete(thread_cache_t *cache) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # Magazines, by whoever holds the mutex
 
+cdef inline void set_n(magazine_t *magazine, int64_t n) noexcept nogil:
+    atomic_store_ptr(<void **>&magazine.top, magazine.blocks + n)
+
+
 cdef void open_magazine(
     thread_cache_t *cache, magazine_t *magazine, const central_t *central
 ) noexcept nogil:
+    """Give an empty magazine room for blocks of a class; none if they are too large for any."""
     cdef size_t capacity = MAGAZINE_MAX_BYTES // central.block_bytes
     cdef int64_t *used = &cache.used[central.size_class // 64]
-    magazine.capacity = <uint16_t>(capacity if capacity < MAGAZINE_SLOTS else MAGAZINE_SLOTS)
+    magazine.limit = magazine.blocks + (capacity if capacity < MAGAZINE_SLOTS else MAGAZINE_SLOTS)
+    set_n(magazine, 0)
     atomic_store_i64(used, used[0] | <int64_t>(<uint64_t>1 << (central.size_class % 64)))
 
 
@@ -122,26 +128,29 @@ cdef int64_t push(
 ) noexcept nogil:
     """Put a free block into its magazine; how many others it displaced, the coldest, or itself."""
     cdef magazine_t *magazine = &cache.magazines[central.size_class]
-    cdef int64_t n = 0
-    if magazine.capacity == 0:
+    cdef int64_t n, n_spilled = 0
+    if magazine.limit == NULL:
         open_magazine(cache, magazine, central)
-    if magazine.n == magazine.capacity:
-        n = magazine.n // 2 + (magazine.n > 0)
-        memcpy(spilled, magazine.blocks, <size_t>n * sizeof(block_t))
-        memmove(magazine.blocks, magazine.blocks + n, <size_t>(magazine.n - n) * sizeof(block_t))
-        atomic_store_u16(&magazine.n, <uint16_t>(magazine.n - n))
-    if magazine.n == magazine.capacity:     # larger than any magazine
+    n = magazine_n(magazine)
+    if n and magazine.top == magazine.limit:
+        n_spilled = n // 2 + 1
+        n -= n_spilled
+        memcpy(spilled, magazine.blocks, <size_t>n_spilled * sizeof(block_t))
+        memmove(magazine.blocks, magazine.blocks + n_spilled, <size_t>n * sizeof(block_t))
+        set_n(magazine, n)
+    if magazine.top == magazine.limit:      # larger than any magazine
         spilled[0] = block
         return 1
-    magazine.blocks[magazine.n] = block
-    atomic_store_u16(&magazine.n, <uint16_t>(magazine.n + 1))
-    return n
+    magazine.top[0] = block
+    set_n(magazine, n + 1)
+    return n_spilled
 
 
 cdef int64_t empty_magazine(magazine_t *magazine, block_t *blocks) noexcept nogil:
-    cdef int64_t n = magazine.n
+    cdef int64_t n = magazine_n(magazine)
     memcpy(blocks, magazine.blocks, <size_t>n * sizeof(block_t))
-    atomic_store_u16(&magazine.n, 0)
+    if n:
+        set_n(magazine, 0)
     return n
 
 
@@ -193,17 +202,18 @@ cdef bint thread_cache_refill(
     mutex_lock(&cache.lock.mutex)
     if cache.inbox.n:
         settle_inbox(cache, centrals, map, True)
-    if magazine.n == 0:
+    n = magazine_n(magazine)
+    if n == 0:
         n = central_take(
-            central, key, magazine.blocks, magazine.capacity // 2 + 1, may_grow, fresh, error
+            central, key, magazine.blocks, (magazine.limit - magazine.blocks) // 2 + 1
+            if magazine.limit != NULL else 1, may_grow, fresh, error
         )
-        if n and magazine.capacity == 0:
+        if n and magazine.limit == NULL:
             open_magazine(cache, magazine, central)
-        atomic_store_u16(&magazine.n, <uint16_t>n)
-    is_served = magazine.n > 0
+    is_served = n > 0
     if is_served:
-        block[0] = magazine.blocks[magazine.n - 1]
-        atomic_store_u16(&magazine.n, <uint16_t>(magazine.n - 1))
+        block[0] = magazine.blocks[n - 1]
+        set_n(magazine, n - 1)
         atomic_bump_i64(&magazine.n_allocs)
     mutex_unlock(&cache.lock.mutex)
     return is_served
@@ -319,7 +329,7 @@ cdef bint thread_cache_drain(
 cdef bint is_unused(magazine_t *magazine, magazine_age_t *age) noexcept nogil:
     """True if a magazine holds blocks and has neither given nor taken any since the last look."""
     cdef int64_t n_allocs = atomic_load_i64(&magazine.n_allocs)
-    cdef uint16_t n = atomic_load_u16(&magazine.n)
+    cdef int64_t n = magazine_n(magazine)
     cdef bint unused = n and n == age.n and n_allocs == age.n_allocs
     age.n = n
     age.n_allocs = n_allocs
@@ -365,7 +375,8 @@ cdef bint thread_cache_forget(thread_cache_t *cache, int size_class) noexcept no
     """
     if not owner_lock_seize(&cache.lock):
         return False
-    cache.magazines[size_class].capacity = 0
+    cache.magazines[size_class].top = NULL
+    cache.magazines[size_class].limit = NULL
     owner_lock_release(&cache.lock)
     return True
 
@@ -388,7 +399,7 @@ cdef void thread_cache_count_idle(
     cdef bint is_seized = False
     cdef int i = next_used(cache, 0)
     while i < MAX_SIZE_CLASSES:
-        n_idle[i] += atomic_load_u16(&cache.magazines[i].n)
+        n_idle[i] += magazine_n(&cache.magazines[i])
         i = next_used(cache, i + 1)
     if atomic_load_u32(&cache.outbox.n):
         is_seized = owner_lock_seize(&cache.lock)
