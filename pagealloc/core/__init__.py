@@ -7,12 +7,14 @@ this by reading the table below)::
     1  mutex           POSIX mutexes
     1  export          filling a Py_buffer with plain bytes
     1  counters        the fields of stats(), listed once
+    1  latency_histogram  one latency distribution, as Python sees it
     1  size_class      bytes -> size class; pure arithmetic
     1  interval_map    disjoint page ranges that carry a value; pure data structure
     2  os_memory       the only room that calls the OS, through one table of functions
 
     Arenas, from the bottom up:
 
+    3  latency         how long allocations take, by size group and NUMA node
     3  page_map        address -> arena, for the whole process
     3  page_run        descriptors of page runs; the free ones as a best-fit tree
     4  arena           one reserved range: its backing, and what of it is committed

@@ -22,6 +22,9 @@
 
 #ifdef __linux__
 #include <fcntl.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 /* Values of include/uapi/asm-generic/mman-common.h and linux/falloc.h, fixed by the kernel's ABI. */
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -34,13 +37,21 @@
 #define FALLOC_FL_PUNCH_HOLE 0x02
 #endif
 #define PAGEALLOC_MINCORE_VEC unsigned char
-#include <sys/syscall.h>
 /* Values of include/uapi/linux/membarrier.h. */
 #define PAGEALLOC_MEMBARRIER_PRIVATE_EXPEDITED (1 << 3)
 #define PAGEALLOC_MEMBARRIER_REGISTER_PRIVATE_EXPEDITED (1 << 4)
 static inline int pagealloc_membarrier(int command)
 {
     return (int)syscall(SYS_membarrier, command, 0, 0);
+}
+static inline int pagealloc_getcpu(unsigned *cpu, unsigned *node)
+{
+#if defined(__GLIBC_PREREQ)
+#if __GLIBC_PREREQ(2, 29)
+    return getcpu(cpu, node); /* without entering the kernel */
+#endif
+#endif
+    return (int)syscall(SYS_getcpu, cpu, node, NULL);
 }
 #else
 #define PAGEALLOC_MEMBARRIER_PRIVATE_EXPEDITED 0
@@ -70,6 +81,12 @@ static inline int memfd_create(const char *name, unsigned flags)
 static inline int fallocate(int fd, int mode, off_t offset, off_t nbytes)
 {
     (void)fd, (void)mode, (void)offset, (void)nbytes;
+    errno = ENOSYS;
+    return -1;
+}
+static inline int pagealloc_getcpu(unsigned *cpu, unsigned *node)
+{
+    (void)cpu, (void)node;
     errno = ENOSYS;
     return -1;
 }

@@ -16,10 +16,19 @@ cdef extern from "os_compat.h" nogil:
     const int MADV_DONTDUMP
     const int MADV_COLLAPSE
 
+cdef enum:
+    OS_MAX_NUMA_NODES = 64    # nodes from here on are counted as the last one
+
 # Asked of the machine once, at import.
 cdef size_t os_page_bytes() noexcept nogil
 cdef size_t os_huge_page_bytes() noexcept nogil
 cdef int64_t os_max_mappings() noexcept nogil
+cdef int os_numa_node_count() noexcept nogil
+
+# --- now, here ---
+cdef int64_t os_now_ns() noexcept nogil
+cdef int64_t os_coarse_now_ns() noexcept nogil
+cdef int os_numa_node() noexcept nogil
 
 # --- private anonymous memory: arenas and metadata ---
 cdef void *os_reserve(size_t nbytes, size_t align_bytes) noexcept nogil
@@ -42,8 +51,7 @@ cdef int os_map_file(void *address, size_t nbytes, int fd, int64_t offset) noexc
 cdef int os_populate_write(void *address, size_t nbytes) noexcept nogil
 cdef int os_protect_read_only(void *address, size_t nbytes) noexcept nogil
 
-# --- time and threads ---
-cdef int64_t os_coarse_now_ns() noexcept nogil
+# --- threads ---
 cdef bint os_has_barrier() noexcept nogil
 cdef int os_barrier_all_threads() noexcept nogil
 cdef void os_wait_briefly(int n_waits) noexcept nogil

@@ -2,17 +2,18 @@
 
 Purpose
     Reserve, back, purge and release memory; grow, punch and map the one file of a store; ask the
-    machine what its pages are.
+    machine what its pages are, what time it is and which NUMA node the caller runs on.
 Structure
     caller -> os_xxx() -> refused(CALL)? -> the kernel
     `calls[CALL]` holds, for each kernel call, how often it was made and whether a test wants it
     refused.
 Invariants
     os_page_bytes() is a power of two; os_huge_page_bytes() is a power of two and a multiple of it.
+    0 <= os_numa_node() < os_numa_node_count() <= OS_MAX_NUMA_NODES
 Locking
     None.  `calls[].n_calls` is atomic; the refusals are set by single-threaded tests.
 Units
-    Bytes throughout.
+    Bytes throughout; nanoseconds for the clock.
 """
 
 import errno as _errno
@@ -36,7 +37,7 @@ from posix.mman cimport (
     munmap,
 )
 from posix.stat cimport fchmod, fstat, struct_stat
-from posix.time cimport clock_gettime, clockid_t, timespec
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, clockid_t, timespec
 from posix.unistd cimport close, ftruncate, pwrite
 
 from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64
@@ -57,6 +58,7 @@ cdef extern from "os_compat.h" nogil:
     int memfd_create(const char *name, unsigned flags)
     int fallocate(int fd, int mode, int64_t offset, int64_t nbytes)
     int mincore(void *address, size_t nbytes, mincore_vec *vec)
+    int getcpu "pagealloc_getcpu"(unsigned *cpu, unsigned *node)
     void set_errno "pagealloc_set_errno"(int error)
     const int MEMBARRIER_PRIVATE_EXPEDITED "PAGEALLOC_MEMBARRIER_PRIVATE_EXPEDITED"
     const int MEMBARRIER_REGISTER "PAGEALLOC_MEMBARRIER_REGISTER_PRIVATE_EXPEDITED"
@@ -80,11 +82,12 @@ cdef enum:
     CALL_PWRITE
     CALL_FSTAT
     CALL_MEMBARRIER
+    CALL_GETCPU
     N_CALLS
 
 CALL_NAMES = (
     "mmap", "munmap", "madvise", "mincore", "mprotect", "memfd_create", "fchmod",
-    "ftruncate", "fallocate", "pwrite", "fstat", "membarrier",
+    "ftruncate", "fallocate", "pwrite", "fstat", "membarrier", "getcpu",
 )
 
 cdef struct os_call:
@@ -98,6 +101,7 @@ cdef size_t page_bytes
 cdef size_t real_page_bytes   # what the kernel counts in; equals page_bytes outside tests
 cdef size_t huge_page_bytes
 cdef int64_t max_mappings
+cdef int numa_node_count = 1
 cdef int64_t fork_generation = 0
 cdef int64_t abandoned_nbytes = 0     # atomic
 cdef bint has_barrier
@@ -129,6 +133,39 @@ cdef size_t os_huge_page_bytes() noexcept nogil:
 cdef int64_t os_max_mappings() noexcept nogil:
     """How many mappings the kernel lets one process have (vm.max_map_count)."""
     return max_mappings
+
+
+cdef int os_numa_node_count() noexcept nogil:
+    """One more than the highest node that was online at import, OS_MAX_NUMA_NODES at most."""
+    return numa_node_count
+
+
+# ---------------------------------------------------------------------------------------------
+# Now, here
+
+cdef int64_t os_coarse_now_ns() noexcept nogil:
+    """Time that only grows, right to a few milliseconds."""
+    cdef timespec now
+    clock_gettime(CLOCK_COARSE, &now)
+    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef int64_t os_now_ns() noexcept nogil:
+    """CLOCK_MONOTONIC.  Not in the table: it is read in user space and cannot be refused."""
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef int os_numa_node() noexcept nogil:
+    """NUMA node of the CPU the caller runs on; 0 where the kernel does not say.
+
+    The last node stands for those that came online since the import.
+    """
+    cdef unsigned cpu = 0, node = 0
+    if refused(CALL_GETCPU) or getcpu(&cpu, &node) != 0:
+        return 0
+    return <int>node if node < <unsigned>numa_node_count else numa_node_count - 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -322,14 +359,7 @@ cdef int os_protect_read_only(void *address, size_t nbytes) noexcept nogil:
 
 
 # ---------------------------------------------------------------------------------------------
-# Time and threads
-
-cdef int64_t os_coarse_now_ns() noexcept nogil:
-    """Time that only grows, right to a few milliseconds."""
-    cdef timespec now
-    clock_gettime(CLOCK_COARSE, &now)
-    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
-
+# Threads
 
 cdef bint os_has_barrier() noexcept nogil:
     """True if `os_barrier_all_threads` works in this kernel (Linux 4.14)."""
@@ -381,6 +411,16 @@ def huge_page_size_bytes() -> int:
     return huge_page_bytes
 
 
+def node_count() -> int:
+    """Return how many NUMA nodes are told apart: 1 on most machines, at most 64."""
+    return numa_node_count
+
+
+def current_node() -> int:
+    """Return the NUMA node the caller runs on, from 0; 0 where the kernel does not say."""
+    return os_numa_node()
+
+
 def abandoned_bytes() -> int:
     """Return how much address space the kernel refused to take back, in the whole process."""
     return atomic_load_i64(&abandoned_nbytes)
@@ -426,7 +466,7 @@ def refusing(call: str, error: int = _errno.ENOMEM, *, skip: int = 0, times: int
 
 def _ask_machine() -> None:
     """Set the page sizes.  PAGEALLOC_PAGE_BYTES simulates larger pages (16 or 64 KiB) in tests."""
-    global page_bytes, real_page_bytes, huge_page_bytes, max_mappings, has_barrier
+    global page_bytes, real_page_bytes, huge_page_bytes, max_mappings, has_barrier, numa_node_count
     real_bytes = os.sysconf("SC_PAGESIZE")
     wanted_bytes = parse_bytes(
         option_value("page_bytes") or real_bytes, name=_OPTIONS["page_bytes"].env
@@ -452,6 +492,12 @@ def _ask_machine() -> None:
             max_mappings = int(file.read())
     except (OSError, ValueError):
         pass  # not Linux: its default is as good a guess as any
+    try:
+        with open("/sys/devices/system/node/online", encoding="ascii") as file:
+            last_node = int(file.read().replace("-", ",").rpartition(",")[2])  # such as 0-1,8
+            numa_node_count = min(last_node + 1, OS_MAX_NUMA_NODES)
+    except (OSError, ValueError):
+        pass  # no NUMA in this kernel, or not Linux: one node
 
 
 _ask_machine()
