@@ -100,7 +100,7 @@ cdef int64_t latency_read(
 
 
 cdef int64_t latency_n_dropped(const latency_t *latency) noexcept nogil:
-    """How many samples were dropped because the kernel refused memory for them."""
+    """How many samples found no place: the kernel refused memory, or there is no such group."""
     return atomic_load_i64(&latency.n_dropped)
 
 
