@@ -16,6 +16,8 @@ page run
     Any other size: exactly the pages it needs, best fit, merged when freed.
 Buffer
     The handle that owns one slot or run.  Only ``alloc()`` makes one.
+Pool
+    Keeps idle Buffers, or other objects, for reuse.
 extent store, window
     One memfd with reference-counted pages; a contiguous address range mapped over it.
 layout, row, KV block, sequence
@@ -27,9 +29,10 @@ held bytes
 
 from pagealloc.core.allocator import PageAllocator, default_allocator
 from pagealloc.core.buffer import Buffer
-from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats
+from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats, PoolStats
 from pagealloc.core.extents import ExtentStats, ExtentStore
 from pagealloc.core.os_memory import huge_page_size_bytes, page_size_bytes
+from pagealloc.core.pool import Pool
 from pagealloc.core.window import Run, Window
 from pagealloc.core.window_view import WindowView
 from pagealloc.errors import (
@@ -59,6 +62,8 @@ __all__ = [
     "PageAllocator",
     "PageBoundaryError",
     "PageallocError",
+    "Pool",
+    "PoolStats",
     "Run",
     "Window",
     "WindowView",

@@ -10,6 +10,7 @@ this by reading the table below)::
     1  latency_histogram  one latency distribution, as Python sees it
     1  size_class      bytes -> size class; pure arithmetic
     1  interval_map    disjoint page ranges that carry a value; pure data structure
+    1  item_table      what a pool knows of its items, by address; pure data structure
     2  os_memory       the only room that calls the OS, through one table of functions
 
     Arenas, from the bottom up:
@@ -25,6 +26,7 @@ this by reading the table below)::
     9  heap_owner      Heap: the Python owner of a heap: settings, errors, stats
     10  buffer         Buffer: the Python handle of one slot or run
     11  allocator      PageAllocator: the Python face
+    12  pool           Pool: idle Buffers and objects, kept for reuse
 
     Windows, from the bottom up; they share nothing with arenas but the first two floors:
 

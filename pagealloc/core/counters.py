@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["AllocatorStats", "ArenaStats", "ClassStats"]
+__all__ = ["AllocatorStats", "ArenaStats", "ClassStats", "PoolStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +93,33 @@ class AllocatorStats:
     abandoned_bytes: int
     arenas: tuple[ArenaStats, ...]
     classes: tuple[ClassStats, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """What a pool did, and what lies idle in it.
+
+    Attributes
+    ----------
+    hits : int
+        Calls of ``get()`` that an idle item served.
+    misses : int
+        Calls of ``get()`` that made a new item.  Calls that raised are in neither.
+    steals : int
+        The hits that took another thread's private item.
+    dropped : int
+        Items let go: put over `max_idle_bytes`, with a reset that raised, idle for two
+        collections, closed or viewed while idle, or idle when the pool was closed.
+    n_idle, n_victims : int
+        Items in the pool now, and those of them that the next collection drops.
+    idle_bytes : int
+        What the items in the pool count together.
+    """
+
+    hits: int
+    misses: int
+    steals: int
+    dropped: int
+    n_idle: int
+    n_victims: int
+    idle_bytes: int
