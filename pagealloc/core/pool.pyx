@@ -656,7 +656,10 @@ cdef class Pool:
         if not self.is_open:
             return "<Pool, closed>"
         stats = self.stats()
-        return f"<Pool with {stats.n_idle} idle items of {_format_bytes(stats.idle_bytes)}>"
+        return (
+            f"<Pool with {stats.n_idle} idle item{'' if stats.n_idle == 1 else 's'} "
+            f"of {_format_bytes(stats.idle_bytes)}>"
+        )
 
 
 @cython.final
