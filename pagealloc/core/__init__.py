@@ -26,6 +26,7 @@ this by reading the table below)::
     9  heap_owner      Heap: the Python owner of a heap: settings, errors, stats
     10  buffer         Buffer: the Python handle of one slot or run
     11  allocator      PageAllocator: the Python face
+    11  idle_items     IdleItems: what lies idle in a pool, and what it knows of every item
     12  pool           Pool: idle Buffers and objects, kept for reuse
 
     Windows, from the bottom up; they share nothing with arenas but the first two floors:

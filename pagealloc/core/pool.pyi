@@ -5,11 +5,12 @@ from typing import Any, Generic, NoReturn, Self, TypeVar, final, overload
 from pagealloc.core.allocator import PageAllocator
 from pagealloc.core.buffer import Buffer
 from pagealloc.core.counters import PoolStats
+from pagealloc.core.idle_items import IdleItems
 
 T = TypeVar("T")
 
 @final
-class Pool(Generic[T]):
+class Pool(IdleItems, Generic[T]):
     @overload
     def __init__(
         self: Pool[Buffer],

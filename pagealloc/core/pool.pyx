@@ -3,14 +3,12 @@
 Purpose
     Save the making of objects that are needed for a short time again and again.
 Structure
-    get():  own slot -> shared (newest first) -> another thread's slot -> victims -> make one
-    put():  own slot, or shared if that is taken
+    get():      own slot -> shared (newest first) -> another's slot -> victims -> make one
+    put():      own slot, or shared if that is taken
     collect():  victims go; slots and shared become the victims
-    table (item_table.pyx):  what is out, what is idle, by the item's address
+    Pool --is a--> IdleItems (idle_items.pyx): the lists, and the table of all items
 Invariants
-    the idle items of the table = the items in slots, shared and victims, each there once
-    idle_bytes = sum of what they count with <= max_idle_bytes
-    at most one slot a thread; last is in slots, or is nobody's
+    is_open => new or allocator is not None; closed => no item is known
 Locking
     The GIL.  What runs other code (new, reset, a destructor, an allocation that collects garbage)
     runs before a change or after it, never in the middle: such code may call the pool, and
@@ -22,22 +20,18 @@ Units
 cimport cython
 from cpython.object cimport PyObject
 from cpython.pythread cimport PyThread_get_thread_ident
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport uintptr_t
 
 from pagealloc.core.buffer cimport Buffer
+from pagealloc.core.idle_items cimport IdleItems, Slot, is_usable
 from pagealloc.core.item_table cimport (
     ITEM_IDLE,
     ITEM_OUT,
     ITEM_PUTTING,
     item_is,
     item_t,
-    item_table_t,
-    table_clear,
     table_erase,
     table_find,
-    table_insert,
-    table_sweep,
-    table_witness,
 )
 
 import gc as _gc
@@ -50,26 +44,6 @@ from pagealloc.core.counters import PoolStats as _PoolStats
 from pagealloc.errors import ClosedError, InvariantError
 from pagealloc.units import format_bytes as _format_bytes
 from pagealloc.units import parse_bytes as _parse_bytes
-
-cdef extern from "Python.h":
-    void Py_DECREF(PyObject *object)
-
-cdef size_t NO_LIMIT = <size_t>-1
-cdef size_t LEAST_SLOTS = 8
-
-
-@cython.final
-@cython.freelist(8)
-cdef class Slot:
-    """A thread's private item."""
-    cdef unsigned long thread_id    # 0: nobody's
-    cdef object item                # None: empty
-
-
-cdef bint is_usable(object item) noexcept:
-    """Whether an idle Buffer is still the pool's alone."""
-    return (<Buffer>item).memory != NULL and (<Buffer>item).n_exports == 0
-
 
 cdef str name_of(object item):
     """For messages; no repr(), which may be huge, or run the item's own code."""
@@ -87,8 +61,8 @@ cdef int let_go(object item) except -1:
 
 
 @cython.final
-@cython.no_gc_clear     # its lists clear themselves, so no method meets a field that is None
-cdef class Pool:
+@cython.no_gc_clear     # as its base: no method meets a field that was cleared
+cdef class Pool(IdleItems):
     """Idle items, kept for reuse: Buffers of one length, or whatever `new` makes.
 
     Parameters
@@ -147,23 +121,10 @@ cdef class Pool:
     >>> lists = Pool(list, reset=list.clear)
     """
 
-    cdef Slot last              # of the thread that called last, or nobody's; never None
-    cdef list slots             # of Slot
-    cdef list shared            # newest at the end
-    cdef list victims           # newest at the end
-    cdef item_table_t table
-    cdef size_t idle_bytes, max_idle_bytes, item_nbytes, max_slots
-    cdef int64_t n_hits, n_misses, n_steals, n_dropped
+    cdef size_t item_nbytes
     cdef object new, reset, allocator
     cdef bint is_made, is_open
     cdef object __weakref__
-
-    def __cinit__(self, *args, **kwargs):
-        self.last = Slot()
-        self.slots = []
-        self.shared = []
-        self.victims = []
-        self.max_slots = LEAST_SLOTS
 
     def __init__(
         self, new=None, *, nbytes=None, reset=None, max_idle_bytes=None, allocator=None
@@ -183,7 +144,7 @@ cdef class Pool:
             raise TypeError(f"allocator must be a PageAllocator, not {type(allocator).__name__}")
         if max_idle_bytes is not None and nbytes is None:
             raise ValueError("max_idle_bytes= needs nbytes=, what an item counts with")
-        cdef size_t item_nbytes = 0, limit = NO_LIMIT
+        cdef size_t item_nbytes = 0, limit = self.max_idle_bytes
         if nbytes is not None:
             item_nbytes = _parse_bytes(nbytes)
         if max_idle_bytes is not None:
@@ -197,9 +158,6 @@ cdef class Pool:
         self.allocator = allocator
         register(self)
         self.is_made = self.is_open = True
-
-    def __dealloc__(self):
-        table_clear(&self.table)
 
     # ---------------------------------------------------------------------------------------
     # Getting
@@ -244,7 +202,7 @@ cdef class Pool:
         cdef bint is_stolen
         while True:
             is_stolen = False
-            item = self.pop_idle(&is_stolen)
+            item = self.pop(&is_stolen)
             if item is None:
                 return self.make()
             known = table_find(&self.table, <PyObject *>item)
@@ -256,64 +214,23 @@ cdef class Pool:
             let_go(item)
             item = None         # here: its destructor must not run within the next change
 
-    cdef object pop_idle(self, bint *is_stolen):
-        """Take an item out of the lists; None: there is none.  Leaves it idle in the table."""
-        cdef Slot slot = self.find_slot()
-        cdef object item
-        if slot is not None and slot.item is not None:
-            item = slot.item
-            slot.item = None
-            return item
-        if self.shared:
-            return self.shared.pop()
-        for slot in self.slots:
-            if slot.item is not None:
-                item = slot.item
-                slot.item = None
-                is_stolen[0] = True
-                return item
-        return self.victims.pop() if self.victims else None
-
     cdef object make(self):
         """A new item, known as out."""
-        cdef PyObject *witness
-        cdef bint is_weak = False
-        cdef object item, complaint
+        cdef object item
         self.require_open()
         item = self.allocator.alloc(self.item_nbytes) if self.new is None else self.new()
         if item is None:
             raise TypeError("new() returned None: it must return the item it makes")
-        witness = table_witness(<PyObject *>item, &is_weak)
-        complaint = self.admit(item, witness, is_weak)
-        if complaint is not None:
-            if is_weak:
-                Py_DECREF(witness)
-            raise complaint
-        return item
-
-    cdef object admit(self, object item, PyObject *witness, bint is_weak):
-        """Enter a new item into the table, which owns the witness then; or say why not."""
-        cdef item_t *known
-        if not self.is_open:
-            return ClosedError("this Pool was closed while new() made an item")
-        known = table_find(&self.table, <PyObject *>item)
-        if known != NULL and (
-            known.state != ITEM_OUT or known.is_weak and item_is(known, <PyObject *>item)
-        ):
-            return ValueError(
+        if not self.admit(item, self.item_nbytes):
+            raise ValueError(
                 f"new() returned {name_of(item)}, which is an item of this Pool already: it must "
                 f"make another object at each call"
             )
-        known = table_insert(&self.table, <PyObject *>item)
-        if known == NULL:
-            return MemoryError("no memory for the table of a Pool's items")
-        known.witness = witness
-        known.is_weak = is_weak
-        known.is_buffer = isinstance(item, Buffer)
-        known.nbytes = (<Buffer>item).nbytes if known.is_buffer else self.item_nbytes
-        known.state = ITEM_OUT
+        if not self.is_open:
+            table_erase(&self.table, <PyObject *>item)
+            raise ClosedError("this Pool was closed while an item was made for it")
         self.n_misses += 1
-        return None
+        return item
 
     # ---------------------------------------------------------------------------------------
     # Putting
@@ -414,59 +331,6 @@ cdef class Pool:
         known.state = ITEM_OUT
         return True
 
-    cdef void forget(self, object item) noexcept:
-        """Drop an item that is in no list, or in a list that is no longer the pool's."""
-        cdef item_t *known = table_find(&self.table, <PyObject *>item)
-        if known != NULL:
-            if known.state == ITEM_IDLE:
-                self.idle_bytes -= known.nbytes
-            table_erase(&self.table, <PyObject *>item)
-        self.n_dropped += 1
-
-    # ---------------------------------------------------------------------------------------
-    # Slots
-
-    cdef Slot find_slot(self):
-        """The calling thread's slot, and the last from then on; None: it has none."""
-        cdef unsigned long thread_id = PyThread_get_thread_ident()
-        cdef Slot slot = self.last
-        if slot.thread_id == thread_id:
-            return slot
-        for slot in self.slots:
-            if slot.thread_id == thread_id:
-                self.last = slot
-                return slot
-        return None
-
-    cdef Slot own_slot(self):
-        """The calling thread's slot, made if need be.
-
-        Threads end without a word.  Before there are more slots than ever, the empty ones go,
-        whosever they are: so there are never many more than items in them.
-        """
-        cdef Slot slot = self.find_slot(), fresh
-        cdef list kept = None
-        if slot is not None:
-            return slot
-        self.require_open()
-        fresh = Slot()      # may collect garbage, which may use the pool
-        fresh.thread_id = PyThread_get_thread_ident()
-        kept = []
-        slot = self.find_slot()
-        if slot is not None:
-            return slot
-        if <size_t>len(self.slots) < self.max_slots:
-            self.slots.append(fresh)
-        else:
-            for slot in self.slots:
-                if slot.item is not None:
-                    kept.append(slot)
-            kept.append(fresh)
-            self.slots = kept
-            self.max_slots = max(LEAST_SLOTS, 2 * <size_t>len(kept))
-        self.last = fresh
-        return fresh
-
     # ---------------------------------------------------------------------------------------
     # Letting go
 
@@ -501,24 +365,7 @@ cdef class Pool:
         -----
         Thread-safe.  Garbage collections of the oldest generation call it, too.
         """
-        cdef list fresh = [], slots = [], old
-        cdef Slot nobody = Slot(), slot
-        cdef object item
-        # From here on nothing else runs.
-        old = self.victims
-        self.victims = self.shared
-        self.shared = fresh
-        for item in old:
-            self.forget(item)
-        for slot in self.slots:
-            if slot.item is not None:
-                self.victims.append(slot.item)
-                slot.item = None
-        self.slots = slots
-        self.last = nobody
-        self.max_slots = LEAST_SLOTS
-        table_sweep(&self.table)
-        # Up to here.
+        cdef list old = self.turn_over()
         for item in old:
             let_go(item)
         return len(old)
@@ -529,29 +376,15 @@ cdef class Pool:
         `get` and `put` raise `ClosedError` from then on.  What is out stays usable, and is its
         user's; an allocator can be closed after that, not while the pool holds its Buffers.
         """
-        cdef list shared = [], victims = [], slots = [], old_shared, old_victims, old_slots
-        cdef Slot nobody = Slot(), slot
-        cdef object item, new, reset, allocator
+        cdef list items
+        cdef object item, kept
         if not self.is_open:
             return
-        # From here on nothing else runs.
+        items = self.take_all()
         self.is_open = False
-        old_shared, old_victims, old_slots = self.shared, self.victims, self.slots
-        new, reset, allocator = self.new, self.reset, self.allocator
-        self.shared, self.victims, self.slots = shared, victims, slots
+        kept = self.new, self.reset, self.allocator     # so that none dies before all are None
         self.new = self.reset = self.allocator = None
-        self.last = nobody
-        self.n_dropped += len(old_shared) + len(old_victims)
-        for slot in old_slots:
-            self.n_dropped += slot.item is not None
-        self.idle_bytes = 0
-        table_clear(&self.table)
-        # Up to here.
-        for slot in old_slots:
-            let_go(slot.item)
-        for item in old_shared:
-            let_go(item)
-        for item in old_victims:
+        for item in items:
             let_go(item)
 
     # ---------------------------------------------------------------------------------------
@@ -569,17 +402,14 @@ cdef class Pool:
 
     def stats(self):
         """Return what the pool did so far, and what lies idle in it: a `PoolStats`."""
-        cdef Slot slot
-        cdef Py_ssize_t n_private = 0
-        for slot in self.slots:
-            n_private += slot.item is not None
+        cdef Py_ssize_t n_victims = len(self.victims)
         return _PoolStats(
             hits=self.n_hits,
             misses=self.n_misses,
             steals=self.n_steals,
             dropped=self.n_dropped,
-            n_idle=n_private + len(self.shared) + len(self.victims),
-            n_victims=len(self.victims),
+            n_idle=self.n_private() + len(self.shared) + n_victims,
+            n_victims=n_victims,
             idle_bytes=self.idle_bytes,
         )
 
@@ -588,56 +418,6 @@ cdef class Pool:
         cdef str broken = self.broken()
         if broken is not None:
             raise InvariantError(f"Pool: {broken}")
-
-    cdef str broken(self):
-        """Which invariant does not hold, or None.  Makes no object: that could collect garbage."""
-        cdef size_t i, n_idle = 0, n_listed = 0, n_items = 0, idle_bytes = 0
-        cdef item_t *known
-        cdef Slot slot, other
-        cdef list items
-        cdef object item
-        if self.table.places != NULL:
-            for i in range(self.table.mask + 1):
-                known = &self.table.places[i]
-                if known.address == NULL:
-                    continue
-                if table_find(&self.table, known.address) != known:
-                    return "an item in the table cannot be found"
-                known.is_marked = False
-                n_items += 1
-                if known.state == ITEM_IDLE:
-                    n_idle += 1
-                    idle_bytes += known.nbytes
-        if n_items != self.table.n_items or 2 * n_items > self.table.mask + 1:
-            return "the table's number of items is wrong, or too large for it"
-        if idle_bytes != self.idle_bytes or idle_bytes > self.max_idle_bytes:
-            return "idle_bytes is not what the idle items count with, or above the limit"
-        for slot in self.slots:
-            for other in self.slots:
-                if other is not slot and other.thread_id == slot.thread_id:
-                    return "a thread has two slots"
-            if slot.item is not None:
-                n_listed += 1
-                if not self.mark(slot.item):
-                    return "a private item is not idle, or is in the pool twice"
-        for items in (self.shared, self.victims):
-            for item in items:
-                n_listed += 1
-                if not self.mark(item):
-                    return "a shared item or a victim is not idle, or is in the pool twice"
-        if n_listed != n_idle:
-            return "an item counts as idle and is in no list"
-        if self.last.thread_id != 0 and self.last not in self.slots:
-            return "the last slot is in no list"
-        return None
-
-    cdef bint mark(self, object item) noexcept:
-        """Mark an idle item; False: it is none, or was marked before."""
-        cdef item_t *known = table_find(&self.table, <PyObject *>item)
-        if known == NULL or known.state != ITEM_IDLE or known.is_marked:
-            return False
-        known.is_marked = True
-        return True
 
     def __enter__(self):
         self.require_open()
