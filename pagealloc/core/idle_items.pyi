@@ -1,1 +1,6 @@
+from typing import final
+
+@final
+class Slot: ...
+
 class IdleItems: ...

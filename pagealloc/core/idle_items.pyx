@@ -47,6 +47,7 @@ cdef size_t LEAST_SLOTS = 8
 
 @cython.final
 @cython.freelist(8)
+@cython.auto_pickle(False)
 cdef class Slot:
     """A thread's private item."""
 

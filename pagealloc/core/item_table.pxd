@@ -59,6 +59,10 @@ cdef inline size_t first_place(const item_table_t *table, PyObject *address) noe
     return <size_t>((<uint64_t><size_t>address * <uint64_t>0x9E3779B97F4A7C15) >> table.shift)
 
 
+cdef inline size_t table_nbytes(const item_table_t *table) noexcept:
+    return 0 if table.places == NULL else (table.mask + 1) * sizeof(item_t)
+
+
 cdef inline bint item_is(const item_t *item, PyObject *living) noexcept:
     """Whether the living object at the item's address is the item, as far as can be told."""
     if item.is_weak:

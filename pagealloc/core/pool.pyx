@@ -32,6 +32,7 @@ from pagealloc.core.item_table cimport (
     item_t,
     table_erase,
     table_find,
+    table_nbytes,
 )
 
 import gc as _gc
@@ -377,12 +378,12 @@ cdef class Pool(IdleItems):
         user's; an allocator can be closed after that, not while the pool holds its Buffers.
         """
         cdef list items
-        cdef object item, kept
+        cdef object item, _kept
         if not self.is_open:
             return
         items = self.take_all()
         self.is_open = False
-        kept = self.new, self.reset, self.allocator     # so that none dies before all are None
+        _kept = self.new, self.reset, self.allocator     # so that none dies before all are None
         self.new = self.reset = self.allocator = None
         for item in items:
             let_go(item)
@@ -418,6 +419,9 @@ cdef class Pool(IdleItems):
         cdef str broken = self.broken()
         if broken is not None:
             raise InvariantError(f"Pool: {broken}")
+
+    def __sizeof__(self):
+        return object.__sizeof__(self) + table_nbytes(&self.table)
 
     def __enter__(self):
         self.require_open()
