@@ -3,10 +3,12 @@
 import copy
 import gc
 import pickle
+import random
 import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -468,6 +470,28 @@ def test_items_that_are_never_put_leave_nothing_behind(pools):
     pool.collect()
     pool.collect()
     assert sys.getsizeof(pool) < most_nbytes < 1000 * 500
+
+
+@pytest.mark.parametrize("kind", [Item, list])
+def test_thousands_of_items_are_told_apart(pools, kind):
+    def reset(item):
+        if id(item) in refused:
+            raise RuntimeError
+
+    rng = random.Random(1)
+    pool = pools(kind, reset=reset)
+    items = [pool.get() for _ in range(3000)]
+    refused = {id(item) for item in rng.sample(items, 1500)}
+    rng.shuffle(items)
+    for step, item in enumerate(items):
+        with pytest.raises(RuntimeError) if id(item) in refused else nullcontext():
+            pool.put(item)
+        if step % 100 == 0:
+            pool.check()
+    assert pool.stats().n_idle == pool.stats().dropped == 1500
+    for item in items:
+        with pytest.raises(ValueError, match="foreign" if id(item) in refused else "already"):
+            pool.put(item)
 
 
 # --- collecting ---
