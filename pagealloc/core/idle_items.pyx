@@ -52,6 +52,7 @@ cdef class Slot:
     """A thread's private item."""
 
 
+@cython.auto_pickle(False)
 @cython.no_gc_clear     # its lists clear themselves, so no method meets a field that is None
 cdef class IdleItems:
     """The idle items of a pool; the base of `pagealloc.Pool`, which makes them and checks users."""

@@ -62,6 +62,7 @@ cdef int let_go(object item) except -1:
 
 
 @cython.final
+@cython.auto_pickle(False)
 @cython.no_gc_clear     # as its base: no method meets a field that was cleared
 cdef class Pool(IdleItems):
     """Idle items, kept for reuse: Buffers of one length, or whatever `new` makes.
