@@ -58,7 +58,7 @@ def extensions() -> list[Extension]:
             ".".join(source.with_suffix("").parts),
             [str(source)],
             depends=["setup.py", *headers],
-            include_dirs=sorted({"pagealloc/core", str(source.parent)}),
+            include_dirs=sorted({"pagealloc/core", "pagealloc/include", str(source.parent)}),
             define_macros=macros,
             extra_compile_args=compile_args,
             extra_link_args=link_args,

@@ -30,6 +30,8 @@ held bytes
 from pagealloc.core.allocator import PageAllocator, default_allocator
 from pagealloc.core.buffer import Buffer
 from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats, PoolStats
+from pagealloc.core.c_api import get_include
+from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats
 from pagealloc.core.extents import ExtentStats, ExtentStore
 from pagealloc.core.os_memory import huge_page_size_bytes, page_size_bytes
 from pagealloc.core.pool import Pool
@@ -68,6 +70,7 @@ __all__ = [
     "Window",
     "WindowView",
     "default_allocator",
+    "get_include",
     "huge_page_size_bytes",
     "page_size_bytes",
 ]

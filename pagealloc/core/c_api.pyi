@@ -1,0 +1,3 @@
+table: object
+
+def get_include() -> str: ...
