@@ -96,8 +96,8 @@ cdef PageHeap *page_heap_of(object allocator) except NULL:
     """
     if not isinstance(allocator, Heap):
         raise TypeError(
-            f"a {type(allocator).__name__} has no heap: pass a pagealloc.PageAllocator, such as "
-            f"pagealloc.default_allocator()"
+            f"allocator must be a pagealloc.PageAllocator, such as pagealloc.default_allocator(), "
+            f"not {type(allocator).__name__}"
         )
     return <PageHeap *>(<Heap>allocator).open_heap()
 
@@ -105,7 +105,8 @@ cdef PageHeap *page_heap_of(object allocator) except NULL:
 cdef void *page_alloc(PageHeap *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
     """Memory of `nbytes`, from 1 on; NULL if refused, or if an argument is out of its range.
 
-    `align_bytes` is a power of two of at most 1 GiB; 0: a page for lengths from a page on, 64 below.
+    `align_bytes` is a power of two of at most 1 GiB; 0: a page for lengths from a page on,
+    64 bytes below.
     """
     cdef bint fresh
     cdef int error
