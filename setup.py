@@ -27,6 +27,12 @@ DIRECTIVES = {
     "cdivision": True,
     "initializedcheck": False,
 }
+# Compiled against NumPy's C API, of which no more is used than the oldest NumPy supported has.
+NUMPY_MODULES = ("pagealloc.core.numpy_handler",)
+NUMPY_MACROS = [
+    ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION"),  # 1.26's as well
+    ("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"),
+]
 
 sanitizer = os.environ.get("PAGEALLOC_SANITIZE", "")
 linetrace = os.environ.get("PAGEALLOC_LINETRACE", "") not in ("", "0")
@@ -60,6 +66,8 @@ def extensions() -> list[Extension]:
             depends=["setup.py", *headers],
             include_dirs=sorted({"pagealloc/core", "pagealloc/include", str(source.parent)}),
             define_macros=macros,
+            include_dirs=sorted({"pagealloc/core", str(source.parent)}),
+            define_macros=list(macros),
             extra_compile_args=compile_args,
             extra_link_args=link_args,
         )
@@ -82,15 +90,23 @@ class Build(build):
 
 
 class BuildExt(build_ext):
-    """Cython runs here rather than at the top: the sdist lists ``.pyx``, and needs no compiler."""
+    """Cython runs here rather than at the top: the sdist lists ``.pyx``, and needs no compiler.
+
+    Nor does it need NumPy, whose headers are looked up here too.
+    """
 
     def finalize_options(self) -> None:
         super().finalize_options()
         self.parallel = self.parallel or os.cpu_count()
 
     def build_extensions(self) -> None:
+        import numpy as np
         from Cython.Build import cythonize
 
+        for extension in self.extensions:
+            if extension.name in NUMPY_MODULES:
+                extension.include_dirs.append(np.get_include())
+                extension.define_macros.extend(NUMPY_MACROS)
         generated = Path(self.build_temp, "cython")
         recipe_ns = (ROOT / "setup.py").stat().st_mtime_ns
         modules = cythonize(

@@ -33,6 +33,7 @@ from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats, Pool
 from pagealloc.core.c_api import get_include
 from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats
 from pagealloc.core.extents import ExtentStats, ExtentStore
+from pagealloc.core.numpy_handler import NumpyHandler, numpy_handler
 from pagealloc.core.os_memory import huge_page_size_bytes, page_size_bytes
 from pagealloc.core.pool import Pool
 from pagealloc.core.window import Run, Window
@@ -60,6 +61,7 @@ __all__ = [
     "ExtentStore",
     "ForkedError",
     "InvariantError",
+    "NumpyHandler",
     "OutOfMemoryError",
     "PageAllocator",
     "PageBoundaryError",
@@ -72,5 +74,6 @@ __all__ = [
     "default_allocator",
     "get_include",
     "huge_page_size_bytes",
+    "numpy_handler",
     "page_size_bytes",
 ]

@@ -29,6 +29,7 @@ this by reading the table below)::
     11  idle_items     IdleItems: what lies idle in a pool, and what it knows of every item
     12  pool           Pool: idle Buffers and objects, kept for reuse
     12  c_api          heaps for native code of other packages: cimport, and a table for C
+    13  numpy_handler  NumPy's arrays in an allocator's memory (NEP 49)
 
     Windows, from the bottom up; they share nothing with arenas but the first two floors:
 

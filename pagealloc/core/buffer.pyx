@@ -38,8 +38,8 @@ cdef class Buffer:
     """Memory of an allocator: `PageAllocator.alloc` makes one, `close()` or the last reference
     gives it back.
 
-    Supports the buffer protocol (writable bytes), so ``memoryview``, ``numpy.frombuffer`` and
-    file reads work on it in place.  Not to be copied or pickled: it owns memory of this process.
+    Supports the buffer protocol (writable bytes) and DLPack, so ``memoryview``,
+    ``numpy.frombuffer``, ``torch.from_dlpack`` and file reads work on it in place.  Not to be copied or pickled: it owns memory of this process.
 
     Attributes
     ----------
@@ -124,6 +124,25 @@ cdef class Buffer:
 
     def __releasebuffer__(self, Py_buffer *view):
         self.n_exports -= 1
+
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        """Export the bytes by DLPack, as an array of uint8; NumPy's export keeps the Buffer open.
+
+        The parameters are those of the array API standard.  Raises `ClosedError` after `close()`.
+        """
+        import numpy as np
+
+        asked = {
+            "stream": stream, "max_version": max_version, "dl_device": dl_device, "copy": copy
+        }
+        # NumPy 1.26 knows `stream` alone.
+        asked = {name: value for name, value in asked.items() if value is not None}
+        return np.frombuffer(self, np.uint8).__dlpack__(**asked)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Where DLPack says the memory is: ``(1, 0)``, the CPU."""
+        self.open_memory()
+        return 1, 0
 
     def __len__(self):
         return self.nbytes

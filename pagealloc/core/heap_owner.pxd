@@ -7,6 +7,7 @@ from pagealloc.core.heap_state cimport heap_t
 cdef class Heap:
     cdef heap_t *heap               # NULL once closed
     cdef Py_ssize_t n_calls         # under way without the GIL
+    cdef Py_ssize_t n_pins          # NumPy handlers in use, which call the heap at any time
     cdef int64_t fork_generation    # of the process n_calls counts for
     cdef object __weakref__
     cdef readonly object backing

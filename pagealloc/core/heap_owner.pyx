@@ -7,7 +7,8 @@ Structure
     PageAllocator --is a--> Heap --owns--> heap_t (heap.pyx)
     Buffer --keeps alive--> Heap
 Invariants
-    heap != NULL <=> open; a heap with something live, or with a call under way, is never unmapped
+    heap != NULL <=> open; a heap with something live, or pinned, or with a call under way, is
+    never unmapped
 Locking
     The GIL for the object's fields; every call that lets go of it stands between enter() and
     leave(), so that close() knows of it.  The heap's own mutexes below.
@@ -327,8 +328,8 @@ cdef class Heap:
         Raises
         ------
         BufferError
-            Buffers of this allocator are still open, or another thread is allocating at this
-            moment; nothing was closed.
+            Buffers of this allocator are still open, its NumPy handler is in use, or another
+            thread is allocating at this moment; nothing was closed.
         OSError
             The kernel refused to unmap; the allocator is still open.
         """
@@ -342,6 +343,11 @@ cdef class Heap:
             raise BufferError(
                 f"{n_live} live buffer{'s' if n_live > 1 else ''} of this allocator: "
                 f"close them (and drop arrays over them) first"
+            )
+        if self.n_pins:
+            raise BufferError(
+                "NumPy's handler over this allocator is in use: leave its with blocks, or "
+                "uninstall() it, in every thread and task that has it"
             )
         self.forget_lost_calls()
         if self.n_calls:
