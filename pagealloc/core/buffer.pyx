@@ -39,7 +39,8 @@ cdef class Buffer:
     gives it back.
 
     Supports the buffer protocol (writable bytes) and DLPack, so ``memoryview``,
-    ``numpy.frombuffer``, ``torch.from_dlpack`` and file reads work on it in place.  Not to be copied or pickled: it owns memory of this process.
+    ``numpy.frombuffer``, ``torch.from_dlpack`` and file reads work on it in place.  Not to be
+    copied or pickled: it owns memory of this process.
 
     Attributes
     ----------

@@ -244,13 +244,10 @@ cdef class NumpyHandler:
         return self
 
     def __exit__(self, *exc_info):
-        # The block's own change is the innermost one, but for what was installed in the block and
-        # goes with it, and for blocks of generators, which need not end inside out: they stay.
-        blocks = []
+        inner = []          # changes since, last first
         change = _changes.get()
         while change is not None and not (change[0] is self and change[1]):
-            if change[1]:
-                blocks.append(change)
+            inner.append(change)
             change = change[3]
         if change is None:
             raise RuntimeError(
@@ -258,10 +255,18 @@ cdef class NumpyHandler:
                 "thread, and the asyncio task, in which it began"
             )
         previous, outer = change[2], change[3]
-        for block in reversed(blocks):
-            outer = (*block[:3], outer)
-        _changes.set(outer)
-        PyDataMem_SetHandler(<PyObject *>previous)
+        # What was installed in the block goes with it.
+        while inner and not inner[len(inner) - 1][1]:
+            inner.pop()
+        if inner:   # another block is still open, as those of generators may be: it restores later
+            handler, is_block, _, _ = inner.pop()
+            outer = (handler, is_block, previous, outer)
+            while inner:
+                outer = (*inner.pop()[:3], outer)
+            _changes.set(outer)
+        else:
+            PyDataMem_SetHandler(<PyObject *>previous)
+            _changes.set(outer)
 
     def install(self) -> None:
         """Make NumPy use it from now on, in the current context.

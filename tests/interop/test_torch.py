@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import pagealloc
 from pagealloc import PageAllocator
 
 torch = pytest.importorskip("torch", reason="torch is installed in the tox env `torch` alone")
@@ -40,6 +41,30 @@ def test_dlpack_both_ways(allocator):
     assert tensor.data_ptr() == array.ctypes.data
     assert np.from_dlpack(tensor).ctypes.data == array.ctypes.data
     del tensor, array
+
+
+def test_a_buffer_itself_by_dlpack(allocator):
+    with allocator.alloc(4096) as buffer:
+        tensor = torch.from_dlpack(buffer)
+        assert tensor.data_ptr() == buffer.address
+        assert tensor.dtype == torch.uint8
+        tensor.view(torch.float32).fill_(1.5)
+        assert (np.frombuffer(buffer, np.float32) == 1.5).all()
+        with pytest.raises(BufferError, match="1 view of this Buffer"):
+            buffer.close()
+        del tensor
+
+
+def test_a_tensor_over_an_array_of_the_numpy_handler(allocator):
+    with pagealloc.numpy_handler(allocator):
+        array = np.zeros((16, 1024), np.float32)
+    tensor = torch.from_numpy(array)
+    assert tensor.data_ptr() == array.ctypes.data
+    assert tensor.data_ptr() % pagealloc.page_size_bytes() == 0
+    del array
+    tensor += 1
+    assert tensor.sum() == 16 * 1024
+    del tensor
 
 
 def test_bfloat16_travels_as_uint16(allocator):

@@ -33,6 +33,40 @@ def test_the_view_is_writable_bytes_at_the_address(allocator):
     assert np.frombuffer(buffer, np.uint8).ctypes.data == buffer.address
 
 
+def test_dlpack_is_no_copy_and_keeps_the_buffer_open(allocator):
+    buffer = allocator.alloc(1000)
+    assert buffer.__dlpack_device__() == (1, 0)  # the CPU
+    array = np.from_dlpack(buffer)
+    assert (array.dtype, array.shape, array.ctypes.data) == (np.uint8, (1000,), buffer.address)
+    memoryview(buffer)[:3] = b"abc"
+    assert bytes(array[:3]) == b"abc"
+    with pytest.raises(BufferError, match="1 view of this Buffer"):
+        buffer.close()
+    del array
+    capsule = buffer.__dlpack__()
+    with pytest.raises(BufferError, match="1 view of this Buffer"):
+        buffer.close()
+    del capsule  # nobody took it
+    buffer.close()
+
+
+@pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="NumPy 1.26 and 2.0 know no versions"
+)
+def test_dlpack_passes_on_what_the_consumer_asks(allocator):
+    with allocator.alloc(64) as buffer:
+        versioned = buffer.__dlpack__(max_version=(1, 0), stream=None, dl_device=(1, 0))
+        assert '"dltensor_versioned"' in repr(versioned)
+        assert '"dltensor"' in repr(buffer.__dlpack__())
+        copied = np.from_dlpack(buffer, copy=True)
+        assert copied.ctypes.data != buffer.address
+        with pytest.raises(BufferError, match="device"):
+            buffer.__dlpack__(dl_device=(2, 0))
+        with pytest.raises(RuntimeError, match="stream"):
+            buffer.__dlpack__(stream=1)
+        del versioned
+
+
 def test_close_with_a_live_view_is_refused_and_changes_nothing(allocator):
     buffer = allocator.alloc(4096)
     array = np.frombuffer(buffer, np.uint8)
@@ -53,7 +87,17 @@ def test_closing_twice_frees_once(allocator):
     assert allocator.stats().n_frees == 1
 
 
-@pytest.mark.parametrize("use", [memoryview, lambda b: b.address, lambda b: b.__enter__()])
+@pytest.mark.parametrize(
+    "use",
+    [
+        memoryview,
+        np.from_dlpack,
+        lambda b: b.address,
+        lambda b: b.__enter__(),
+        lambda b: b.__dlpack__(),
+        lambda b: b.__dlpack_device__(),
+    ],
+)
 def test_use_after_close_is_a_closed_error(allocator, use):
     buffer = allocator.alloc(4096)
     buffer.close()
