@@ -62,7 +62,7 @@ def test_dlpack_passes_on_what_the_consumer_asks(allocator):
         assert copied.ctypes.data != buffer.address
         with pytest.raises(BufferError, match="device"):
             buffer.__dlpack__(dl_device=(2, 0))
-        with pytest.raises(RuntimeError, match="stream"):
+        with pytest.raises((RuntimeError, ValueError), match="stream"):  # by NumPy's version
             buffer.__dlpack__(stream=1)
         del versioned
 
