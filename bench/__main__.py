@@ -5,20 +5,13 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
-import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).resolve().parent
-ROOT = BENCH.parent
+from bench.installed import ROOT, prefer_installed_package
 
-
-def prefer_installed_package() -> None:
-    """Measure the built package: the checkout's folder of the same name may hold no extensions."""
-    entries = list(sys.path)
-    sys.path[:] = [entry for entry in entries if Path(entry or ".").resolve() != ROOT]
-    if importlib.util.find_spec("pagealloc") is None:
-        sys.path[:] = entries  # built in place, and not installed
+BENCH = ROOT / "bench"
 
 
 def summaries() -> dict[str, str]:
@@ -47,6 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", type=Path, metavar="PATH", help="where the JSON goes (.benchmarks/NAME.json)"
     )
+    parser.add_argument("--quick", action="store_true", help="a shortened version (core)")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="PATH", help="write a page for the documentation (core)"
+    )
     options = parser.parse_args(arguments)
     if options.name is None:
         print(listing)
@@ -56,7 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least 1 is possible")
     prefer_installed_package()
-    report = importlib.import_module(f"bench.bench_{options.name}").run(options.rounds)
+    run = importlib.import_module(f"bench.bench_{options.name}").run
+    can_be_quick = "quick" in inspect.signature(run).parameters
+    for option in ("quick", "markdown"):
+        if getattr(options, option) and not can_be_quick:
+            parser.error(f"{options.name} has no --{option}")
+    report = run(options.rounds, quick=True) if options.quick else run(options.rounds)
+    if options.markdown:
+        report.write_markdown(options.markdown)
     path = options.json or Path(".benchmarks", f"{options.name}.json")
     report.write_json(path)
     print(report)

@@ -39,6 +39,8 @@ def test_it_lists_the_benchmarks():
         (["nothing"], "there is no benchmark 'nothing'; there are: append, "),
         (["fork", "--rounds", "0"], "--rounds 0: at least 1"),
         (["fork", "--rounds", "many"], "invalid int value"),
+        (["fork", "--quick"], "fork has no --quick"),
+        (["fork", "--markdown", "fork.md"], "fork has no --markdown"),
     ],
 )
 def test_a_wrong_call(arguments, message):

@@ -1,0 +1,274 @@
+"""Allocating and freeing against glibc, jemalloc, mimalloc and tcmalloc, with its bars.
+
+A set of processes for each line, one for each allocator; every round, each does the line's work
+once, in turn, starting with another one every time.  ``driver.c`` says what the works are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bench import python_side, soak
+from bench.peers import PEERS, how_to_install, missing_peers
+from bench.report import machine
+from bench.rows import Row, compare, limit_row, markdown_table, table
+from bench.workers import OURS, Drivers, WorkerError, compile_drivers, workers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bench.workers import Worker
+
+__all__ = ["CoreReport", "Line", "run"]
+
+KIB, MIB = 1 << 10, 1 << 20
+PEER_NAMES = tuple(peer.name for peer in PEERS)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long everything takes."""
+
+    n_rounds: int
+    work_ns: int
+    """What one work of one round takes, at least."""
+    n_latency_periods: int
+    """A period of KV churn is 16,384 allocations."""
+    python: python_side.Effort
+    soak: soak.Plan
+
+
+def full_effort(n_rounds: int) -> Effort:
+    return Effort(n_rounds, 20_000_000, 8, python_side.Effort(n_rounds, 20_000), soak.Plan(120))
+
+
+def quick_effort(n_rounds: int) -> Effort:
+    plan = soak.Plan(18, window_s=0.125, switch_s=1)
+    return Effort(n_rounds, 6_000_000, 4, python_side.Effort(n_rounds, 5_000), plan)
+
+
+def size_name(nbytes: int) -> str:
+    return f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A work of the driver, and the bar that it is judged by."""
+
+    bar: str
+    to_reach: float
+    work: str
+    """As the driver names it."""
+    nbytes: int
+    align_bytes: int = 0
+    touched: bool = False
+
+    @property
+    def text(self) -> str:
+        """What the table calls it."""
+        size = size_name(self.nbytes)
+        return {
+            "hot": f"hot {size}",
+            "random": f"1,000 random live blocks of {size}",
+            "kv": f"KV churn {size}",
+            "cross": f"batched cross-thread free {size}",
+            "kv_latency": f"P99.9 of one allocation, KV churn {size}",
+        }[self.work] + (
+            (f", aligned to {size_name(self.align_bytes)}" if self.align_bytes else "")
+            + (", touched, one byte a page" if self.touched else "")
+        )
+
+    def numbers(self, effort: Effort) -> tuple[int, ...]:
+        """Return the work's numbers for the driver."""
+        if self.work == "cross":
+            return (self.nbytes, 0, effort.work_ns)
+        if self.work == "kv_latency":
+            return (self.nbytes, effort.n_latency_periods)
+        second = int(self.touched) if self.work == "kv" else self.align_bytes
+        return (self.nbytes, second, effort.work_ns)
+
+    @property
+    def field(self) -> str:
+        """Which figure of the driver's answer is compared."""
+        return "p999" if self.work == "kv_latency" else "ns"
+
+
+SMALL_BYTES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB)
+LARGE_BYTES = (1 * MIB, 2 * MIB, 16 * MIB)
+FLAT_BYTES = tuple(4 * KIB << shift for shift in range(15))  # 4 KiB … 64 MiB
+
+LINES = (
+    *(Line("1", 1.25, work, nbytes) for work in ("hot", "random") for nbytes in SMALL_BYTES),
+    *(Line("2", 0.4, work, nbytes) for work in ("hot", "random") for nbytes in LARGE_BYTES),
+    Line("3.64KiB", 0.5, "kv", 64 * KIB),
+    Line("3.2MiB", 0.17, "kv", 2 * MIB),
+    Line("4", 0.125, "hot", 2 * MIB, align_bytes=2 * MIB),
+    *(Line("5.small", 0.67, "cross", nbytes) for nbytes in (4 * KIB, 16 * KIB)),
+    *(Line("5.large", 0.4, "cross", nbytes) for nbytes in (64 * KIB, 2 * MIB)),
+    Line("6", 1.10, "kv", 64 * KIB, touched=True),
+    Line("7", 0.7, "kv_latency", 64 * KIB),
+)
+
+
+def measure_line(line: Line, drivers: Drivers, effort: Effort) -> list[Row]:
+    """Measure one line on everyone; bar 6 gives two rows, time and page faults."""
+    with workers(drivers) as everyone:
+        answers = interleave(everyone, line, effort)
+    per_peer = {
+        name: [answer[line.field] for answer in answers[name]] if name in answers else None
+        for name in PEER_NAMES
+    }
+    ours = [answer[line.field] for answer in answers[OURS]]
+    rows = [compare(line.bar, line.text, line.to_reach, ours, per_peer)]
+    if line.touched:
+        faults = {
+            name: max(answer["faults"] for answer in answers[name]) if name in answers else None
+            for name in (OURS, *PEER_NAMES)
+        }
+        text = "page faults of a round in steady state, the most of all rounds"
+        our_faults = faults.pop(OURS)
+        rows.append(limit_row(line.bar, text, 0, our_faults, "faults", peers=faults))
+    return rows
+
+
+def interleave(
+    everyone: dict[str, Worker], line: Line, effort: Effort
+) -> dict[str, list[dict[str, Any]]]:
+    """Have everyone do the line's work every round; the first round only warms up."""
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in everyone}
+    names = list(everyone)
+    numbers = line.numbers(effort)
+    for round_ in range(-1, effort.n_rounds):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            answer = everyone[name].ask(line.work, *numbers)
+            if round_ >= 0:
+                answers[name].append(answer)
+    return answers
+
+
+def measure_flatness(drivers: Drivers, effort: Effort) -> Row:
+    """Measure our slowest size by our fastest, all sizes in turn every round.
+
+    Medians are compared: the maximum of single rounds would be that of the noise.
+    """
+    times: dict[int, list[float]] = {nbytes: [] for nbytes in FLAT_BYTES}
+    with workers(drivers, peers=()) as everyone:
+        for _ in range(effort.n_rounds):
+            for nbytes, per_size in times.items():
+                numbers = Line("2.flat", 2, "hot", nbytes).numbers(effort)
+                per_size.append(everyone[OURS].ask("hot", *numbers)["ns"])
+    medians = {nbytes: statistics.median(per_size) for nbytes, per_size in times.items()}
+    slowest = max(medians, key=lambda nbytes: medians[nbytes])
+    fastest = min(medians, key=lambda nbytes: medians[nbytes])
+    ratio = medians[slowest] / medians[fastest]
+    text = f"hot, 4 KiB … 64 MiB: slowest ({size_name(slowest)}) ÷ fastest ({size_name(fastest)})"
+    reference: dict[str, float | None] = {"our fastest": medians[fastest]}
+    return Row("2.flat", text, medians[slowest], reference, "ns", ratio, 2, ratio <= 2)
+
+
+def numpy_row() -> list[dict[str, Any]]:
+    """Return the line on NumPy's own tests, from the module that runs them, if there is one."""
+    if importlib.util.find_spec("bench.numpy_tests") is None:
+        return []
+    entry: dict[str, Any] = importlib.import_module("bench.numpy_tests").entry()
+    return [entry]
+
+
+def as_row(entry: dict[str, Any]) -> Row:
+    known = {name: entry[name] for name in Row.__dataclass_fields__ if name in entry}
+    return Row(**known)
+
+
+def versions(drivers: Drivers) -> dict[str, str]:
+    """Return what each peer says of itself."""
+    with workers(drivers, ours=False) as everyone:
+        said = {name: worker.ask("identity")["version"] for name, worker in everyone.items()}
+    return {name: said.get(name, "missing").partition("-")[0] for name in PEER_NAMES}
+
+
+@dataclass(frozen=True)
+class CoreReport:
+    """What `run` found: rows, and what they depend on."""
+
+    rows: list[Row]
+    machine: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every bar holds, of all that could be measured."""
+        return all(row.succeeds for row in self.rows)
+
+    def __str__(self) -> str:
+        facts = [f"  {name}: {value}" for name, value in self.machine.items()]
+        title = "allocating and freeing, against the best peer"
+        return "\n".join([title, *facts, "", table(self.rows, PEER_NAMES), *self.notes])
+
+    def write_json(self, path: Path) -> None:
+        """Write the rows, as a list of objects."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([row.as_json() for row in self.rows], indent=2) + "\n")
+
+    def write_markdown(self, path: Path) -> None:
+        """Write the page of the documentation."""
+        facts = [f"- {name}: {value}" for name, value in self.machine.items()]
+        lost = sum(row.holds is False for row in self.rows)
+        verdict = f"{lost} of {len(self.rows)} lines miss their bar." if lost else ""
+        text = "\n".join(
+            [
+                "# The core, measured",
+                "",
+                "Written by `python -m bench core --markdown`; {doc}`../benchmarks` says how.",
+                "",
+                *facts,
+                "",
+                markdown_table(self.rows, PEER_NAMES),
+                "",
+                *([verdict, ""] if verdict else []),
+                *self.notes,
+            ]
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.rstrip() + "\n")
+
+
+def run(rounds: int, *, quick: bool = False) -> CoreReport:
+    """Measure everything: minutes, or about one if `quick`."""
+    effort = quick_effort(min(rounds, 7)) if quick else full_effort(rounds)
+    missing = missing_peers()
+    notes = [how_to_install(missing)] if missing else []
+    rows: list[Row] = []
+    with compile_drivers() as drivers:
+        facts = machine() | {
+            "peers": ", ".join(f"{name} {version}" for name, version in versions(drivers).items()),
+            "effort": f"{effort.n_rounds} rounds, {effort.soak.total_s / 60:g} minutes of soak",
+        }
+        for line in LINES:
+            progress(f"{line.bar}: {line.text}")
+            try:
+                rows += measure_line(line, drivers, effort)
+            except WorkerError as error:
+                row = compare(line.bar, line.text, line.to_reach, None, {}, note=str(error))
+                rows.append(row)
+        progress("2.flat")
+        rows.append(measure_flatness(drivers, effort))
+        progress("11: Python")
+        rows += python_side.rows(effort.python)
+        progress("12: NumPy's tests")
+        rows += [as_row(entry) for entry in numpy_row()]
+        progress(f"13: soak, {effort.soak.total_s:g} s")
+        rows += soak.rows(effort.soak, drivers)
+    order = {row.bar: number for number, row in reversed(list(enumerate(rows)))}
+    order["2.flat"] = order["2"]
+    return CoreReport(sorted(rows, key=lambda row: order[row.bar]), facts, notes)
+
+
+def progress(text: str) -> None:
+    print(f"measuring {text}", file=sys.stderr, flush=True)
