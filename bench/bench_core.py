@@ -12,15 +12,17 @@ import json
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bench import python_side, soak
 from bench.peers import PEERS, how_to_install, missing_peers
 from bench.report import machine
 from bench.rows import Row, compare, limit_row, markdown_table, table
-from bench.workers import OURS, Drivers, WorkerError, compile_drivers, workers
+from bench.workers import OURS, Drivers, compile_drivers, require_compiler, workers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from bench.workers import Worker
@@ -173,17 +175,21 @@ def measure_flatness(drivers: Drivers, effort: Effort) -> Row:
     return Row("2.flat", text, medians[slowest], reference, "ns", ratio, 2, ratio <= 2)
 
 
-def numpy_row() -> list[dict[str, Any]]:
+def numpy_rows() -> list[Row]:
     """Return the line on NumPy's own tests, from the module that runs them, if there is one."""
     if importlib.util.find_spec("bench.numpy_tests") is None:
         return []
     entry: dict[str, Any] = importlib.import_module("bench.numpy_tests").entry()
-    return [entry]
+    return [Row(**{name: entry[name] for name in Row.__dataclass_fields__ if name in entry})]
 
 
-def as_row(entry: dict[str, Any]) -> Row:
-    known = {name: entry[name] for name in Row.__dataclass_fields__ if name in entry}
-    return Row(**known)
+def guarded(bar: str, text: str, to_reach: float, measure: Callable[[], list[Row]]) -> list[Row]:
+    """Measure; what cannot be measured becomes a row that says why, and all others go on."""
+    print(f"measuring {bar}: {text}", file=sys.stderr, flush=True)
+    try:
+        return measure()
+    except RuntimeError as error:
+        return [compare(bar, text, to_reach, None, {}, note=str(error))]
 
 
 def versions(drivers: Drivers) -> dict[str, str]:
@@ -241,6 +247,7 @@ class CoreReport:
 
 def run(rounds: int, *, quick: bool = False) -> CoreReport:
     """Measure everything: minutes, or about one if `quick`."""
+    require_compiler()
     effort = quick_effort(min(rounds, 7)) if quick else full_effort(rounds)
     missing = missing_peers()
     notes = [how_to_install(missing)] if missing else []
@@ -251,24 +258,12 @@ def run(rounds: int, *, quick: bool = False) -> CoreReport:
             "effort": f"{effort.n_rounds} rounds, {effort.soak.total_s / 60:g} minutes of soak",
         }
         for line in LINES:
-            progress(f"{line.bar}: {line.text}")
-            try:
-                rows += measure_line(line, drivers, effort)
-            except WorkerError as error:
-                row = compare(line.bar, line.text, line.to_reach, None, {}, note=str(error))
-                rows.append(row)
-        progress("2.flat")
-        rows.append(measure_flatness(drivers, effort))
-        progress("11: Python")
-        rows += python_side.rows(effort.python)
-        progress("12: NumPy's tests")
-        rows += [as_row(entry) for entry in numpy_row()]
-        progress(f"13: soak, {effort.soak.total_s:g} s")
-        rows += soak.rows(effort.soak, drivers)
+            measured = partial(measure_line, line, drivers, effort)
+            rows += guarded(line.bar, line.text, line.to_reach, measured)
+        rows += guarded("2.flat", "hot, flatness", 2, lambda: [measure_flatness(drivers, effort)])
+        rows += guarded("11", "Python", 1, lambda: python_side.rows(effort.python))
+        rows += guarded("12", "NumPy's array tests", 1, numpy_rows)
+        rows += guarded("13", "soak", 1, lambda: soak.rows(effort.soak, drivers))
     order = {row.bar: number for number, row in reversed(list(enumerate(rows)))}
     order["2.flat"] = order["2"]
     return CoreReport(sorted(rows, key=lambda row: order[row.bar]), facts, notes)
-
-
-def progress(text: str) -> None:
-    print(f"measuring {text}", file=sys.stderr, flush=True)

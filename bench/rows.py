@@ -121,6 +121,9 @@ def limit_row(
 
 # --- tables ---
 
+MAX_UNIT = 8
+"""How long a unit may be beside the figure; a longer one goes to the work."""
+
 
 def figure(value: float | None) -> str:
     if value is None:
@@ -136,7 +139,10 @@ def cells(row: Row, columns: Sequence[str]) -> list[str]:
     others = [f"{name} {figure(value)}" for name, value in row.peers.items() if name not in columns]
     work = f"{row.work} (against {', '.join(others)})" if others else row.work
     ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
-    ours = "missing" if row.ours is None else f"{figure(row.ours)} {row.unit}"
+    if len(row.unit) > MAX_UNIT:
+        work = f"{work}: {row.unit}"
+    unit = row.unit if len(row.unit) <= MAX_UNIT else ""
+    ours = "missing" if row.ours is None else f"{figure(row.ours)} {unit}".rstrip()
     return [row.bar, work, ours, *peers, ratio, f"≤ {row.to_reach:g}", row.verdict]
 
 

@@ -31,7 +31,7 @@ if not __package__:  # run by its path
 from bench.installed import prefer_installed_package
 from bench.peers import PEERS
 from bench.rows import Row, limit_row, table
-from bench.workers import OURS, Drivers, compile_drivers, workers
+from bench.workers import OURS, Drivers, compile_drivers, require_compiler, workers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -169,6 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes:g}: must be more than 0")
     prefer_installed_package()
+    require_compiler()
     plan = Plan(60 * options.minutes)
     with compile_drivers() as drivers:
         result = measure(plan, drivers)

@@ -22,7 +22,15 @@ from bench.peers import PEERS, Peer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["OURS", "Drivers", "Worker", "WorkerError", "compile_drivers", "workers"]
+__all__ = [
+    "OURS",
+    "Drivers",
+    "Worker",
+    "WorkerError",
+    "compile_drivers",
+    "require_compiler",
+    "workers",
+]
 
 BENCH = Path(__file__).resolve().parent
 OURS = "pagealloc"
@@ -44,8 +52,6 @@ class Drivers:
     """
 
     def __init__(self, folder: Path) -> None:
-        if shutil.which("gcc") is None:
-            raise WorkerError("bench/driver.c needs gcc: install the Debian package gcc")
         self.executable = folder / "driver"
         compile_driver(self.executable, [])
         self.library: Path | None = None
@@ -54,6 +60,12 @@ class Drivers:
             self.library = folder / "driver.so"
             flags = ["-shared", "-fPIC", "-fvisibility=hidden", "-DBENCH_OURS", f"-I{include}"]
             compile_driver(self.library, [*flags, f"-I{sysconfig.get_path('include')}"])
+
+
+def require_compiler() -> None:
+    """End the command where the driver cannot be compiled."""
+    if shutil.which("gcc") is None:
+        sys.exit("bench/driver.c needs gcc: install the Debian package gcc")
 
 
 def include_folder() -> str | None:

@@ -124,6 +124,16 @@ def test_every_bar_has_its_lines():
     assert len(set(texts)) == len(texts)
 
 
+def test_what_cannot_be_measured_is_shown_and_fails(capsys):
+    def fail():
+        raise workers.WorkerError("glibc: died")
+
+    (row,) = bench_core.guarded("13", "soak", 0.38, fail)
+    assert (row.holds, row.note, row.succeeds) == (None, "glibc: died", False)
+    assert bench_core.guarded("1", "hot", 1, lambda: ROWS) == ROWS
+    assert "measuring 13: soak" in capsys.readouterr().err
+
+
 # --- the soak's arithmetic ---
 
 
