@@ -51,8 +51,9 @@ def full_effort(n_rounds: int) -> Effort:
 
 
 def quick_effort(n_rounds: int) -> Effort:
+    """Many short rounds: what disturbs then hits some of them, and no median."""
     plan = soak.Plan(18, window_s=0.125, switch_s=1)
-    return Effort(n_rounds, 6_000_000, 4, python_side.Effort(n_rounds, 5_000), plan)
+    return Effort(n_rounds, 2_500_000, 3, python_side.Effort(n_rounds, 3_000), plan)
 
 
 def size_name(nbytes: int) -> str:
@@ -248,7 +249,7 @@ class CoreReport:
 def run(rounds: int, *, quick: bool = False) -> CoreReport:
     """Measure everything: minutes, or about one if `quick`."""
     require_compiler()
-    effort = quick_effort(min(rounds, 7)) if quick else full_effort(rounds)
+    effort = quick_effort(min(rounds, 15)) if quick else full_effort(rounds)
     missing = missing_peers()
     notes = [how_to_install(missing)] if missing else []
     rows: list[Row] = []
