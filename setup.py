@@ -65,8 +65,6 @@ def extensions() -> list[Extension]:
             [str(source)],
             depends=["setup.py", *headers],
             include_dirs=sorted({"pagealloc/core", "pagealloc/include", str(source.parent)}),
-            define_macros=macros,
-            include_dirs=sorted({"pagealloc/core", str(source.parent)}),
             define_macros=list(macros),
             extra_compile_args=compile_args,
             extra_link_args=link_args,

@@ -29,9 +29,8 @@ held bytes
 
 from pagealloc.core.allocator import PageAllocator, default_allocator
 from pagealloc.core.buffer import Buffer
-from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats, PoolStats
 from pagealloc.core.c_api import get_include
-from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats
+from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats, PoolStats
 from pagealloc.core.extents import ExtentStats, ExtentStore
 from pagealloc.core.numpy_handler import NumpyHandler, numpy_handler
 from pagealloc.core.os_memory import huge_page_size_bytes, page_size_bytes

@@ -16,20 +16,31 @@ this by reading the table below)::
     Arenas, from the bottom up:
 
     3  latency         how long allocations take, by size group and NUMA node
-    3  page_map        address -> arena, for the whole process
+    3  owner_lock      a lock that its owner takes for nothing, and a collector at a price
+    3  page_map        address -> chunk, its classes and states, for the whole process
     3  page_run        descriptors of page runs; the free ones as a best-fit tree
     4  arena           one reserved range: its backing, and what of it is committed
+    4  block_map       where the state of a block is
     5  free_runs       which pages belong to which run; fit, carve, merge
     6  page_heap       the page runs of all arenas: growth, budget, purge
-    7  central         the slots of one size class, cut from page runs
-    8  heap            alloc / free / trim, nogil; the process-wide state
-    9  heap_owner      Heap: the Python owner of a heap: settings, errors, stats
-    10  buffer         Buffer: the Python handle of one slot or run
-    11  allocator      PageAllocator: the Python face
-    11  idle_items     IdleItems: what lies idle in a pool, and what it knows of every item
-    12  pool           Pool: idle Buffers and objects, kept for reuse
-    12  c_api          heaps for native code of other packages: cimport, and a table for C
-    13  numpy_handler  NumPy's arrays in an allocator's memory (NEP 49)
+    7  slabs           the slots of one size class, cut from page runs
+    8  central         the free blocks of one size class that no thread holds
+    9  thread_cache    a thread's magazines for one heap
+    10  heap_state     what a heap is made of; its size classes
+    11  heap_caches    the caches of all threads; what is idle, and how it goes back
+    12  heap_counts    what a heap holds, counted; whether that adds up
+    11  heap_latency   which allocations are timed, and into which histogram they go
+    12  heap_life      making and unmaking heaps; all of the process; fork
+    13  heap           the way of one allocation, and of one free
+    14  heap_owner     Heap: the Python owner of a heap: settings, errors, stats
+    15  buffer         Buffer: the Python handle of one slot or run
+    16  batch          Batch: many blocks under one handle
+    17  exact          ExactClass: blocks of a caller's own size, not rounded
+    18  allocator      PageAllocator: the Python face
+    19  idle_items     IdleItems: what lies idle in a pool, and what it knows of every item
+    20  pool           Pool: idle Buffers and objects, kept for reuse
+    19  c_api          heaps for native code of other packages: cimport, and a table for C
+    19  numpy_handler  NumPy's arrays in an allocator's memory (NEP 49)
 
     Windows, from the bottom up; they share nothing with arenas but the first two floors:
 

@@ -12,4 +12,5 @@ cdef class Buffer:
     cdef char *open_memory(self) except NULL
     cdef int free_memory(self) noexcept
 
+cdef Buffer new_buffer_of_class(Heap heap, size_t nbytes, size_t slot_class)
 cdef Buffer new_buffer(Heap heap, size_t nbytes, size_t align_bytes)

@@ -18,6 +18,7 @@ from libc.stdint cimport uintptr_t
 
 from pagealloc.core.export cimport fill_buffer
 from pagealloc.core.heap cimport (
+    heap_alloc_class,
     heap_alloc_fast,
     heap_alloc_slow,
     heap_free_fast,
@@ -176,19 +177,36 @@ cdef Buffer new_buffer(Heap heap, size_t nbytes, size_t align_bytes):
     cdef Buffer buffer = Buffer.__new__(Buffer)
     buffer.owner = heap
     buffer.nbytes = nbytes
-    buffer.memory = heap_alloc_fast(heap.open_heap(), nbytes, align_bytes)
+    if heap.heap != NULL:
+        buffer.memory = heap_alloc_fast(heap.heap, nbytes, align_bytes)
     if buffer.memory == NULL:
-        fill_slow(buffer, heap, nbytes, align_bytes)
+        fill_slow(buffer, heap, nbytes, align_bytes, 0)
     return buffer
 
 
-cdef int fill_slow(Buffer buffer, Heap heap, size_t nbytes, size_t align_bytes) except -1:
+cdef Buffer new_buffer_of_class(Heap heap, size_t nbytes, size_t slot_class):
+    """The same with a slot of the class of exactly `nbytes`."""
+    cdef Buffer buffer = Buffer.__new__(Buffer)
+    buffer.owner = heap
+    buffer.nbytes = nbytes
+    if heap.heap != NULL:
+        buffer.memory = heap_alloc_class(heap.heap, slot_class)
+    if buffer.memory == NULL:
+        fill_slow(buffer, heap, nbytes, 0, slot_class)
+    return buffer
+
+
+cdef int fill_slow(
+    Buffer buffer, Heap heap, size_t nbytes, size_t align_bytes, size_t slot_class
+) except -1:
     """Let go of the GIL while the kernel may have to work."""
     cdef heap_t *c_heap = heap.enter()
     cdef bint fresh = False
     cdef int error = 0
     with nogil:
-        buffer.memory = heap_alloc_slow(c_heap, nbytes, align_bytes, &fresh, &error)
+        buffer.memory = heap_alloc_slow(
+            c_heap, nbytes, align_bytes, slot_class, &fresh, &error
+        )
     buffer.fresh = fresh
     try:
         if buffer.memory == NULL:

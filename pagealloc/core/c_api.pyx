@@ -22,17 +22,15 @@ from libc.stdint cimport uint32_t
 from libc.string cimport memcpy, memset
 
 from pagealloc.core.heap cimport (
-    heap_alloc,
+    heap_alloc_checked,
     heap_alloc_many,
-    heap_counts,
-    heap_counts_t,
-    heap_free,
+    heap_free_checked,
     heap_free_many,
-    heap_t,
     heap_usable_bytes,
 )
+from pagealloc.core.heap_counts cimport heap_counts, heap_counts_t
 from pagealloc.core.heap_owner cimport Heap
-from pagealloc.core.page_heap cimport NOT_OURS
+from pagealloc.core.heap_state cimport heap_t
 
 from pathlib import Path as _Path
 
@@ -76,7 +74,7 @@ cdef extern from * nogil:
 
 
 # ---------------------------------------------------------------------------------------------
-# The functions.  Thin, for a caller's inner loop goes through them
+# The functions.  Thin; alloc and free of the table are the heap's own, for inner loops
 
 cdef inline bint is_possible(
     const PageHeap *heap, size_t nbytes, size_t align_bytes
@@ -108,18 +106,12 @@ cdef void *page_alloc(PageHeap *heap, size_t nbytes, size_t align_bytes) noexcep
     `align_bytes` is a power of two of at most 1 GiB; 0: a page for lengths from a page on,
     64 bytes below.
     """
-    cdef bint fresh
-    cdef int error
-    if not is_possible(heap, nbytes, align_bytes):
-        return NULL
-    return heap_alloc(<heap_t *>heap, nbytes, align_bytes, &fresh, &error)
+    return heap_alloc_checked(<heap_t *>heap, nbytes, align_bytes)
 
 
 cdef int page_free(PageHeap *heap, void *address) noexcept nogil:
     """Give a block back, in any thread: PAGE_FREED, or another code and nothing was changed."""
-    if heap == NULL:
-        return NOT_OURS
-    return heap_free(<heap_t *>heap, <char *>address)
+    return heap_free_checked(<heap_t *>heap, address)
 
 
 cdef int page_alloc_many(
@@ -138,7 +130,7 @@ cdef size_t page_free_many(PageHeap *heap, void **addresses, size_t n) noexcept 
     """Free `n` blocks and return how many were; what page_free would refuse is left alone."""
     if heap == NULL or addresses == NULL:
         return 0
-    return heap_free_many(<heap_t *>heap, <char **>addresses, n)
+    return heap_free_many(<heap_t *>heap, <char *const *>addresses, n)
 
 
 cdef size_t free_many(PageHeap *heap, void *const *addresses, size_t n) noexcept nogil:
@@ -188,8 +180,8 @@ cdef pagealloc_api api
 api.abi_version = PAGEALLOC_ABI_VERSION
 api.n_functions = PAGEALLOC_N_FUNCTIONS
 api.heap_of = page_heap_of
-api.alloc = page_alloc
-api.free = page_free
+api.alloc = <void *(*)(PageHeap *, size_t, size_t) noexcept nogil>heap_alloc_checked
+api.free = <int (*)(PageHeap *, void *) noexcept nogil>heap_free_checked
 api.alloc_many = page_alloc_many
 api.free_many = free_many
 api.usable_bytes = page_usable_bytes

@@ -11,12 +11,16 @@ cdef char *heap_alloc(
 ) noexcept nogil
 cdef char *heap_alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil
 cdef char *heap_alloc_slow(
-    heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error
+    heap_t *heap, size_t nbytes, size_t align_bytes, size_t slot_class, bint *fresh, int *error
 ) noexcept nogil
+cdef char *heap_alloc_class(heap_t *heap, size_t size_class) noexcept nogil
 
 cdef int heap_free(heap_t *heap, char *address) noexcept nogil
 cdef bint heap_free_fast(heap_t *heap, char *address) noexcept nogil
 cdef int heap_free_slow(heap_t *heap, char *address) noexcept nogil
+
+cdef void *heap_alloc_checked(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil
+cdef int heap_free_checked(heap_t *heap, void *address) noexcept nogil
 
 cdef int heap_alloc_many(
     heap_t *heap, size_t nbytes, size_t align_bytes, size_t n, char **addresses, int *error

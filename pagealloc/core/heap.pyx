@@ -49,6 +49,7 @@ from pagealloc.core.heap_caches cimport (
     heap_reclaim,
     heap_return_block,
 )
+from pagealloc.core.heap_latency cimport heap_latency_group
 from pagealloc.core.heap_life cimport heap_end_thread
 from pagealloc.core.heap_state cimport (
     MAX_HEAPS,
@@ -57,7 +58,8 @@ from pagealloc.core.heap_state cimport (
     heap_run_class,
     heap_t,
 )
-from pagealloc.core.os_memory cimport os_abandon, os_page_bytes, os_reserve
+from pagealloc.core.latency cimport latency_now_ns, latency_record
+from pagealloc.core.os_memory cimport os_abandon, os_numa_node, os_page_bytes, os_reserve
 from pagealloc.core.page_heap cimport (
     FREED,
     NOT_LIVE,
@@ -74,6 +76,7 @@ from pagealloc.core.thread_cache cimport (
     magazine_pop,
     magazine_push,
     thread_cache_free,
+    thread_cache_is_timed,
     thread_cache_new,
     thread_cache_put,
     thread_cache_refill,
@@ -92,6 +95,14 @@ cdef struct cache_entry_t:
 
 cdef struct thread_t:
     cache_entry_t entries[MAX_HEAPS + 1]    # by heap id; the last one stays empty
+
+cdef extern from * nogil:
+    """
+    #define PAGEALLOC_MAX_NBYTES ((size_t)1 << 47)      /* as pagealloc.units has it */
+    #define PAGEALLOC_MAX_ALIGN_BYTES ((size_t)1 << 30)
+    """
+    const size_t MAX_NBYTES "PAGEALLOC_MAX_NBYTES"
+    const size_t MAX_ALIGN_BYTES "PAGEALLOC_MAX_ALIGN_BYTES"
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef unsigned int pthread_key_t
@@ -187,7 +198,7 @@ cdef char *heap_alloc(
     fresh[0] = False
     if LIKELY(address != NULL):
         return address
-    return heap_alloc_slow(heap, nbytes, align_bytes, fresh, error)
+    return heap_alloc_slow(heap, nbytes, align_bytes, 0, fresh, error)
 
 
 cdef inline int64_t key_of(const heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
@@ -200,26 +211,63 @@ cdef inline int64_t key_of(const heap_t *heap, size_t nbytes, size_t align_bytes
     )
 
 
-cdef size_t class_of_unusual(
-    heap_t *heap, size_t nbytes, size_t align_bytes
-) noexcept nogil:
-    """The class of what is aligned to more than usual, or larger than the table; 0: not known."""
+cdef size_t class_of_unusual(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+    """The class of any request, also aligned to more than usual or too large for the table.
+
+    0: not known yet.
+    """
     cdef int64_t key
     cdef size_t size_class
     if align_bytes <= heap.blocks.page_mask + 1 and nbytes <= heap.largest_table_bytes:
-        size_class = size_class_aligned(&heap.classes, nbytes, align_bytes)
-        if size_class != NO_CLASS:
-            return size_class
-        return class_of_usual(heap, nbytes)
+        size_class = size_class_aligned(
+            &heap.classes, nbytes, align_bytes if align_bytes > 0 else 1
+        )
+        return size_class if size_class != NO_CLASS else class_of_usual(
+            heap, nbytes if nbytes > heap.blocks.page_mask else heap.blocks.page_mask + 1
+        )
     key = key_of(heap, nbytes, align_bytes)
     size_class = atomic_load_u16(&heap.key_hints[heap_key_hint(key)])
     return size_class if atomic_load_i64(&heap.centrals[size_class].key) == key else 0
 
 
+cdef char *heap_alloc_class(heap_t *heap, size_t size_class) noexcept nogil:
+    """A block of a class of slots; NULL where it takes heap_alloc_slow, with that class."""
+    return pop(heap, size_class)
+
+
 cdef char *heap_alloc_slow(
-    heap_t *heap, size_t nbytes, size_t align_bytes, bint *fresh, int *error
+    heap_t *heap, size_t nbytes, size_t align_bytes, size_t slot_class, bint *fresh, int *error
 ) noexcept nogil:
-    """What alloc does when the magazine is empty.
+    """What alloc does when the magazine is empty, or when this allocation's time is to be taken.
+
+    `slot_class` is a class of slots of exactly `nbytes`, or 0: the request's own.
+    """
+    cdef thread_cache_t *cache = cache_of(heap)
+    cdef size_t size_class = slot_class
+    cdef int64_t start_ns
+    cdef char *address
+    if size_class == 0:
+        size_class = class_of_unusual(heap, nbytes, align_bytes)
+    if cache == NULL or not thread_cache_is_timed(
+        cache, size_class, atomic_load_i64(&heap.time_every)
+    ):
+        return alloc_untimed(heap, nbytes, align_bytes, slot_class, fresh, error)
+    start_ns = latency_now_ns()
+    fresh[0] = False
+    address = pop(heap, size_class)
+    if address == NULL:
+        address = alloc_untimed(heap, nbytes, align_bytes, slot_class, fresh, error)
+    latency_record(
+        &heap.latency, heap_latency_group(heap, size_class), os_numa_node(),
+        latency_now_ns() - start_ns
+    )
+    return address
+
+
+cdef char *alloc_untimed(
+    heap_t *heap, size_t nbytes, size_t align_bytes, size_t slot_class, bint *fresh, int *error
+) noexcept nogil:
+    """From the central list, the page heap, or the kernel.
 
     More is taken from the kernel only when less than that lies idle; and before a request is
     refused, all that is idle has been given up.
@@ -227,7 +275,7 @@ cdef char *heap_alloc_slow(
     cdef int64_t key
     cdef char *address
     heap_collect_if_due(heap)
-    address = take(heap, nbytes, align_bytes, False, fresh, error)
+    address = take(heap, nbytes, align_bytes, slot_class, False, fresh, error)
     if address == NULL and error[0] == ERROR_GROWTH:
         key = key_of(heap, nbytes, align_bytes)
         if heap_idle_bytes(heap) >= <int64_t>(
@@ -235,10 +283,10 @@ cdef char *heap_alloc_slow(
             else heap.pages.arena_bytes
         ):
             heap_reclaim(heap)
-        address = take(heap, nbytes, align_bytes, True, fresh, error)
+        address = take(heap, nbytes, align_bytes, slot_class, True, fresh, error)
     if address == NULL and (error[0] == ERROR_BUDGET or error[0] == ENOMEM):
         heap_reclaim(heap)
-        address = take(heap, nbytes, align_bytes, True, fresh, error)
+        address = take(heap, nbytes, align_bytes, slot_class, True, fresh, error)
     if address == NULL and error[0] == ERROR_BUDGET:
         # A run serves a small request as well, at the price of a page; a slab may cost sixteen.
         address = take_run(heap, key_of(heap, nbytes, align_bytes), True, fresh, error)
@@ -250,16 +298,16 @@ cdef char *heap_alloc_slow(
 
 
 cdef char *take(
-    heap_t *heap, size_t nbytes, size_t align_bytes, bint may_grow, bint *fresh, int *error
+    heap_t *heap, size_t nbytes, size_t align_bytes, size_t slot_class, bint may_grow,
+    bint *fresh, int *error
 ) noexcept nogil:
-    cdef size_t size_class
-    if align_bytes <= SLOT_UNIT_BYTES:
-        size_class = size_class_of(&heap.classes, nbytes)
-    else:
-        size_class = size_class_aligned(&heap.classes, nbytes, align_bytes)
-    if size_class == NO_CLASS:
+    if slot_class == 0 and align_bytes <= heap.blocks.page_mask:
+        slot_class = size_class_aligned(
+            &heap.classes, nbytes, align_bytes if align_bytes > 0 else 1
+        )
+    if slot_class == NO_CLASS:
         return take_run(heap, key_of(heap, nbytes, align_bytes), may_grow, fresh, error)
-    return take_block(heap, size_class, 0, may_grow, fresh, error)
+    return take_block(heap, slot_class, 0, may_grow, fresh, error)
 
 
 cdef char *take_run(
@@ -403,6 +451,36 @@ cdef void put_away(
         heap_return_block(heap, block, tag)
     elif thread_cache_return(cache, block, tag):
         heap_deliver(heap, cache)
+
+
+# ---------------------------------------------------------------------------------------------
+# The same for callers who may pass anything
+
+cdef void *heap_alloc_checked(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+    """As heap_alloc; NULL for what is refused, or is no request."""
+    cdef char *address = NULL
+    if LIKELY(heap != NULL and align_bytes == 0 and nbytes <= heap.largest_table_bytes):
+        address = pop(heap, class_of_usual(heap, nbytes))   # of class 0, if nbytes is 0: NULL
+    if LIKELY(address != NULL):
+        return address
+    return alloc_checked_slow(heap, nbytes, align_bytes)
+
+
+cdef void *alloc_checked_slow(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+    cdef bint fresh
+    cdef int error
+    if (
+        heap == NULL or nbytes == 0 or nbytes > MAX_NBYTES
+        or align_bytes & (align_bytes - 1) or align_bytes > MAX_ALIGN_BYTES
+    ):
+        return NULL
+    return heap_alloc(heap, nbytes, align_bytes, &fresh, &error)
+
+
+cdef int heap_free_checked(heap_t *heap, void *address) noexcept nogil:
+    if LIKELY(heap != NULL and free_fast(heap, <char *>address)):
+        return FREED
+    return NOT_OURS if heap == NULL else heap_free_slow(heap, <char *>address)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from libc.stdint cimport int64_t, uint32_t
 from pagealloc.core.block_map cimport block_map_init
 from pagealloc.core.central cimport central_destroy, central_trim
 from pagealloc.core.heap_caches cimport heap_drop_caches, heap_retire_cache, heap_trim
+from pagealloc.core.heap_latency cimport heap_latency_init
 from pagealloc.core.heap_state cimport (
     MAX_HEAPS,
     MAX_SIZE_CLASSES,
@@ -27,6 +28,7 @@ from pagealloc.core.heap_state cimport (
     heap_t,
     next_class,
 )
+from pagealloc.core.latency cimport latency_destroy
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_t, mutex_unlock
 from pagealloc.core.os_memory cimport os_abandon, os_at_fork, os_page_bytes, os_reserve
 from pagealloc.core.owner_lock cimport owner_lock_orphan
@@ -56,6 +58,7 @@ cdef heap_t *heap_new(size_t arena_bytes, int ladder, int64_t budget_bytes) noex
         &heap.pages, &process_map, heap, os_page_bytes(), arena_bytes, ladder, budget_bytes
     )
     heap_init_classes(heap)
+    heap_latency_init(heap)
     mutex_init(&heap.collect_mutex, NULL)
     mutex_init(&heap.classes_mutex, NULL)
     mutex_init(&heap.caches_mutex, NULL)
@@ -81,6 +84,7 @@ cdef int heap_delete(heap_t *heap) noexcept nogil:
     while i < MAX_SIZE_CLASSES:
         central_destroy(&heap.centrals[i])
         i = next_class(heap, i)
+    latency_destroy(&heap.latency)
     mutex_destroy(&heap.collect_mutex)
     mutex_destroy(&heap.classes_mutex)
     mutex_destroy(&heap.caches_mutex)

@@ -18,6 +18,7 @@ Units
 
 import errno as _errno
 import gc
+import operator
 import os
 import weakref
 
@@ -32,6 +33,7 @@ from pagealloc.core.arena cimport (
     ERROR_BUDGET,
     ERROR_NO_HUGE_PAGES,
 )
+from pagealloc.core.atomics cimport atomic_load_i64
 from pagealloc.core.heap cimport heap_alloc, heap_free
 from pagealloc.core.heap_caches cimport heap_collect, heap_trim
 from pagealloc.core.heap_counts cimport (
@@ -41,6 +43,7 @@ from pagealloc.core.heap_counts cimport (
     heap_counts,
     heap_counts_t,
 )
+from pagealloc.core.heap_latency cimport heap_time_every
 from pagealloc.core.heap_life cimport heap_delete, heap_new
 from pagealloc.core.heap_state cimport MAX_SIZE_CLASSES, heap_t
 from pagealloc.core.os_memory cimport os_fork_generation, os_huge_page_bytes, os_page_bytes
@@ -61,6 +64,8 @@ from pagealloc.errors import (
     OutOfMemoryError,
 )
 from pagealloc.units import format_bytes, parse_bytes
+
+cdef int64_t MAX_TIME_EVERY = 1 << 30
 
 LADDERS = {
     "auto": BACKING_HUGETLB | BACKING_THP | BACKING_BASE,
@@ -95,18 +100,27 @@ cdef int choose_ladder(str backing, int64_t arena_bytes, int64_t budget_bytes) e
     return BACKING_BASE if budget_bytes < arena_bytes else BACKING_THP | BACKING_BASE
 
 
+cdef int64_t checked_time_every(object every) except -1:
+    if not 0 <= operator.index(every) <= MAX_TIME_EVERY:
+        raise ValueError(f"time_every={every}: from 0 to {MAX_TIME_EVERY} are possible")
+    return operator.index(every)
+
+
 cdef class Heap:
     """Owner of one heap; the base of `pagealloc.PageAllocator`, which adds the ways to allocate."""
 
-    def __init__(self, *, backing="auto", arena_bytes="64MiB", budget_bytes=None):
+    def __init__(
+        self, *, backing="auto", arena_bytes="64MiB", budget_bytes=None, time_every=1024
+    ):
         cdef size_t arena_nbytes
-        cdef int64_t budget_nbytes = -1
+        cdef int64_t budget_nbytes = -1, timed
         if self.heap != NULL:
             raise TypeError(f"this {type(self).__name__} is open already: make a new one")
         if not isinstance(backing, str) or backing not in LADDERS:
             raise ValueError(f"backing={backing!r}: possible are {', '.join(map(repr, LADDERS))}")
         arena_nbytes = parse_bytes(arena_bytes, name="arena_bytes", minimum=os_page_bytes())
         arena_nbytes = (arena_nbytes + CHUNK_BYTES - 1) // CHUNK_BYTES * CHUNK_BYTES
+        timed = checked_time_every(time_every)
         if budget_bytes is not None:
             budget_nbytes = parse_bytes(budget_bytes, name="budget_bytes")
         self.backing = backing
@@ -117,6 +131,7 @@ cdef class Heap:
         )
         if self.heap == NULL:
             raise OutOfMemoryError("no memory for the tables of an allocator")
+        self.heap.time_every = timed
         _open_heaps.add(self)
 
     def __dealloc__(self):
@@ -187,6 +202,19 @@ cdef class Heap:
             f"Buffers, call trim(), or raise the limit (ulimit -v, the cgroup's memory limit, "
             f"vm.max_map_count)"
         )
+
+    @property
+    def time_every(self) -> int:
+        """One allocation in about so many has its time taken; 0: none.  It can be set."""
+        return atomic_load_i64(&self.open_heap().time_every)
+
+    @time_every.setter
+    def time_every(self, every):
+        cdef int64_t timed = checked_time_every(every)
+        cdef heap_t *heap = self.enter()
+        with nogil:
+            heap_time_every(heap, timed)
+        self.leave()
 
     @property
     def closed(self) -> bool:

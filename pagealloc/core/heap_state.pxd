@@ -10,6 +10,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from pagealloc.core.atomics cimport atomic_load_i64
 from pagealloc.core.block_map cimport FIRST_RUN_CLASS, block_map_t
 from pagealloc.core.central cimport central_t
+from pagealloc.core.latency cimport latency_t
 from pagealloc.core.mutex cimport mutex_t
 from pagealloc.core.page_heap cimport page_heap_t
 from pagealloc.core.size_class cimport size_classes_t
@@ -34,6 +35,8 @@ cdef struct heap_t:
 
     page_heap_t pages
     central_t centrals[MAX_SIZE_CLASSES]
+    latency_t latency
+    int64_t time_every              # one allocation in so many is timed; 0: none; atomic
     int64_t n_failed                # atomic
     int64_t n_collections           # atomic
     int64_t next_collection_ns      # atomic

@@ -36,8 +36,9 @@ from pagealloc.core.atomics cimport (
     atomic_load_ptr,
     atomic_store_ptr,
 )
-from pagealloc.core.heap cimport heap_alloc, heap_free, heap_t, heap_usable_bytes
+from pagealloc.core.heap cimport heap_alloc, heap_free, heap_usable_bytes
 from pagealloc.core.heap_owner cimport Heap
+from pagealloc.core.heap_state cimport heap_t
 from pagealloc.core.page_heap cimport FREED
 from pagealloc.core.size_class cimport SLOT_UNIT_BYTES
 
@@ -112,7 +113,7 @@ cdef void *handler_realloc(void *ctx, void *memory, size_t nbytes) noexcept nogi
     cdef bint fresh
     if memory == NULL:
         return allocate(heap, nbytes, &fresh)
-    usable_bytes = heap_usable_bytes(heap, memory)
+    usable_bytes = heap_usable_bytes(heap, <const char *>memory)
     if usable_bytes == 0:
         report_foreign(memory)
         return NULL

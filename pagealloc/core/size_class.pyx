@@ -41,6 +41,7 @@ cdef void size_classes_init(size_classes_t *table, size_t page_bytes) noexcept n
         while table.slot_bytes[i] < unit * SLOT_UNIT_BYTES:
             i += 1
         table.class_of_units[unit] = <uint8_t>i
+    table.class_of_units[0] = NO_CLASS      # nothing is no request
 
 
 cdef int size_class_aligned(

@@ -76,6 +76,9 @@ cdef bint thread_cache_refill(
     thread_cache_t *cache, central_t *centrals, block_map_t *map, size_t size_class, int64_t key,
     bint may_grow, block_t *block, bint *fresh, int *error
 ) noexcept nogil
+cdef bint thread_cache_is_timed(
+    thread_cache_t *cache, size_t size_class, int64_t every
+) noexcept nogil
 cdef bint thread_cache_free(
     thread_cache_t *cache, central_t *central, block_t block
 ) noexcept nogil
@@ -95,6 +98,7 @@ cdef bint thread_cache_forget(thread_cache_t *cache, int size_class) noexcept no
 cdef void thread_cache_count_idle(
     thread_cache_t *cache, block_map_t *map, int64_t *n_idle
 ) noexcept nogil
+cdef void thread_cache_time_every(thread_cache_t *cache, int64_t every) noexcept nogil
 cdef int64_t thread_cache_n_conflicts() noexcept nogil
 
 

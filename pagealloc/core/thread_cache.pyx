@@ -22,7 +22,7 @@ Units
     Blocks.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove
 
 from pagealloc.core.atomics cimport (
@@ -219,6 +219,30 @@ cdef bint thread_cache_refill(
     return is_served
 
 
+cdef int64_t next_timed(thread_cache_t *cache, int64_t n_allocs, int64_t every) noexcept nogil:
+    """When to take the time next: after `every` allocations on average, at no regular distance."""
+    if every == 0:
+        return INT64_MAX
+    cache.random ^= cache.random << 13
+    cache.random ^= cache.random >> 17
+    cache.random ^= cache.random << 5
+    return n_allocs + 1 + cache.random % (2 * every)
+
+
+cdef bint thread_cache_is_timed(
+    thread_cache_t *cache, size_t size_class, int64_t every
+) noexcept nogil:
+    """True if the time of the allocation that comes now is to be taken; sets when the next is."""
+    cdef magazine_t *magazine = &cache.magazines[size_class]
+    cdef int64_t due = magazine.next_timed
+    if magazine.n_allocs + 1 < due:
+        return False
+    mutex_lock(&cache.lock.mutex)
+    magazine.next_timed = next_timed(cache, magazine.n_allocs, every)
+    mutex_unlock(&cache.lock.mutex)
+    return due > 0      # 0: the first one ever, which is like no other
+
+
 cdef bint thread_cache_free(
     thread_cache_t *cache, central_t *central, block_t block
 ) noexcept nogil:
@@ -409,6 +433,18 @@ cdef void thread_cache_count_idle(
     mutex_lock(&cache.lock.mutex)
     count_returning(map, cache.inbox.blocks, cache.inbox.n, n_idle)
     mutex_unlock(&cache.lock.mutex)
+
+
+cdef void thread_cache_time_every(thread_cache_t *cache, int64_t every) noexcept nogil:
+    """From now on take the time of one allocation in `every`; 0: of none."""
+    cdef int i
+    if not owner_lock_seize(&cache.lock):
+        return
+    i = next_used(cache, 0)
+    while i < MAX_SIZE_CLASSES:
+        cache.magazines[i].next_timed = next_timed(cache, cache.magazines[i].n_allocs, every)
+        i = next_used(cache, i + 1)
+    owner_lock_release(&cache.lock)
 
 
 cdef int64_t thread_cache_n_conflicts() noexcept nogil:
