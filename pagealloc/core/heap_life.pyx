@@ -31,7 +31,7 @@ from pagealloc.core.heap_state cimport (
 from pagealloc.core.latency cimport latency_destroy
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_t, mutex_unlock
 from pagealloc.core.os_memory cimport os_abandon, os_at_fork, os_page_bytes, os_reserve
-from pagealloc.core.owner_lock cimport owner_lock_orphan
+from pagealloc.core.owner_lock cimport owner_lock_orphan, owner_lock_release, owner_lock_seize
 from pagealloc.core.page_heap cimport page_heap_destroy, page_heap_init
 from pagealloc.core.page_map cimport page_map_init, page_map_t
 from pagealloc.core.thread_cache cimport pthread_equal, pthread_self, thread_cache_t
@@ -151,7 +151,10 @@ cdef void lock_heap(heap_t *heap) noexcept nogil:
     mutex_lock(&heap.caches_mutex)
     cache = heap.caches
     while cache != NULL:
-        mutex_lock(&cache.lock.mutex)
+        # Seized, so that no thread is in the middle of moving a block when the child comes to be.
+        # Without a barrier a block may be lost to the child, and nothing worse.
+        if not owner_lock_seize(&cache.lock):
+            mutex_lock(&cache.lock.mutex)
         cache = cache.next
     i = next_class(heap, 0)
     while i < MAX_SIZE_CLASSES:
@@ -170,7 +173,7 @@ cdef void unlock_heap(heap_t *heap) noexcept nogil:
         i = next_class(heap, i)
     cache = heap.caches
     while cache != NULL:
-        mutex_unlock(&cache.lock.mutex)
+        owner_lock_release(&cache.lock)
         cache = cache.next
     mutex_unlock(&heap.caches_mutex)
     mutex_unlock(&heap.classes_mutex)
@@ -198,7 +201,7 @@ cdef void unlock_all() noexcept nogil:
 
 cdef void unlock_all_in_child() noexcept nogil:
     """The parent's other threads are not here: what their magazines hold is for the next
-    collection to take.  A block one of them was just moving is lost to this process."""
+    collection to take."""
     cdef heap_t *heap = registry
     cdef thread_cache_t *cache
     while heap != NULL:
