@@ -72,6 +72,8 @@ from pagealloc.core.page_map cimport block_t, chunk_t
 from pagealloc.core.page_run cimport run_t
 from pagealloc.core.size_class cimport NO_CLASS, SLOT_UNIT_BYTES, size_class_aligned, size_class_of
 from pagealloc.core.thread_cache cimport (
+    OUTBOX_FULL,
+    OUTBOX_REFUSED,
     UNCACHED_RUN,
     magazine_pop,
     magazine_push,
@@ -337,18 +339,20 @@ cdef char *take_block(
             cache, heap.centrals, &heap.blocks, size_class, key, may_grow, &block, fresh, error
         ):
             return NULL
-        return hand_out(heap, block, size_class, cache.tag)
+        if HAS_POISON:
+            unpoison(block.address, block_bytes(heap, block.address, size_class))
+        return block.address
     if not central_take(&heap.centrals[size_class], key, &block, 1, may_grow, fresh, error):
         return NULL
     atomic_add_i64(&heap.retired_allocs[size_class], 1)
-    return hand_out(heap, block, size_class, STATE_SHARED)
+    return hand_out(heap, block, size_class)
 
 
-cdef char *hand_out(heap_t *heap, block_t block, size_t size_class, uint8_t tag) noexcept nogil:
-    """Mark a free block that nobody else has as live."""
+cdef char *hand_out(heap_t *heap, block_t block, size_t size_class) noexcept nogil:
+    """Mark a free block that nobody else has as live, and nobody's in particular."""
     if HAS_POISON:
         unpoison(block.address, block_bytes(heap, block.address, size_class))
-    atomic_store_u8(block.state, tag)
+    atomic_store_u8(block.state, STATE_SHARED)
     return block.address
 
 
@@ -366,7 +370,7 @@ cdef char *take_uncached(
     atomic_add_i64(&heap.retired_allocs[UNCACHED_RUN], 1)
     block.address = run.address
     block.state = known_block_state(&heap.blocks, run.address, UNCACHED_RUN)
-    return hand_out(heap, block, UNCACHED_RUN, STATE_SHARED)
+    return hand_out(heap, block, UNCACHED_RUN)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -423,34 +427,39 @@ cdef int heap_free_slow(heap_t *heap, char *address) noexcept nogil:
     if HAS_POISON and live >= STATE_FIRST_TAG:
         poison(address, block_bytes(heap, address, size_class))
     while live >= STATE_FIRST_TAG:
-        if cache != NULL and live == cache.own_state:
-            if thread_cache_free(cache, &heap.centrals[size_class], block):
-                heap_collect_if_due(heap)
-                return FREED
-        elif atomic_swap_u8(
-            block.state, live, STATE_FREE if live == STATE_SHARED else STATE_RETURNING
-        ):
-            put_away(heap, cache, block, size_class, live)
+        if take_back(heap, cache, block, size_class, live):
             heap_collect_if_due(heap)
             return FREED
-        live = atomic_load_u8(block.state)
+        live = atomic_load_u8(block.state)      # another thread was faster
     return NOT_LIVE
 
 
-cdef void put_away(
-    heap_t *heap, thread_cache_t *cache, block_t block, size_t size_class, uint8_t tag
+cdef bint take_back(
+    heap_t *heap, thread_cache_t *cache, block_t block, size_t size_class, uint8_t live
 ) noexcept nogil:
-    """See to a block that this thread freed and another had allocated; `cache` may be NULL."""
-    if size_class == UNCACHED_RUN:
-        central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1)
-    elif tag == STATE_SHARED and cache != NULL:
-        thread_cache_put(cache, &heap.centrals[size_class], block)
-    elif tag == STATE_SHARED:
-        central_put(&heap.centrals[size_class], &block, 1)
-    elif cache == NULL:
-        heap_return_block(heap, block, tag)
-    elif thread_cache_return(cache, block, tag):
+    """Free a block whose state is `live`; False if it is that no longer.  `cache` may be NULL."""
+    cdef int outcome
+    if live == STATE_SHARED:
+        if not atomic_swap_u8(block.state, live, STATE_FREE):
+            return False
+        if size_class == UNCACHED_RUN:
+            central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1)
+        elif cache == NULL:
+            central_put(&heap.centrals[size_class], &block, 1)
+        else:
+            thread_cache_put(cache, &heap.centrals[size_class], block)
+        return True
+    if cache == NULL:
+        if not atomic_swap_u8(block.state, live, STATE_RETURNING):
+            return False
+        heap_return_block(heap, block, live)
+        return True
+    if live == cache.own_state:
+        return thread_cache_free(cache, &heap.centrals[size_class], block)
+    outcome = thread_cache_return(cache, block, live)
+    if outcome == OUTBOX_FULL:
         heap_deliver(heap, cache)
+    return outcome != OUTBOX_REFUSED
 
 
 # ---------------------------------------------------------------------------------------------

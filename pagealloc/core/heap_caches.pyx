@@ -203,6 +203,7 @@ cdef void heap_reclaim(heap_t *heap) noexcept nogil:
     cdef thread_cache_t *cache
     cdef thread_cache_t *next_cache
     cdef int i
+    mutex_lock(&heap.collect_mutex)
     mutex_lock(&heap.caches_mutex)
     deliver_all(heap)
     cache = heap.caches
@@ -218,6 +219,7 @@ cdef void heap_reclaim(heap_t *heap) noexcept nogil:
     while i < MAX_SIZE_CLASSES:
         central_trim(&heap.centrals[i])
         i = next_class(heap, i)
+    mutex_unlock(&heap.collect_mutex)
 
 
 cdef void heap_collect(heap_t *heap) noexcept nogil:

@@ -32,6 +32,11 @@ cdef enum:
     OUTBOX_SLOTS = 64
     INBOX_SLOTS = 1024
 
+cdef enum:                          # what becomes of a block for the outbox
+    OUTBOX_REFUSED
+    OUTBOX_TAKEN
+    OUTBOX_FULL
+
 cdef struct magazine_t:
     block_t *top                    # one past the last block in it; NULL until it is first used
     block_t *limit                  # one past the last place; the same
@@ -83,7 +88,7 @@ cdef bint thread_cache_free(
     thread_cache_t *cache, central_t *central, block_t block
 ) noexcept nogil
 cdef void thread_cache_put(thread_cache_t *cache, central_t *central, block_t block) noexcept nogil
-cdef bint thread_cache_return(thread_cache_t *cache, block_t block, uint8_t tag) noexcept nogil
+cdef int thread_cache_return(thread_cache_t *cache, block_t block, uint8_t tag) noexcept nogil
 
 # By anybody.
 cdef int64_t thread_cache_take_outbox(thread_cache_t *cache, outbox_t *outbox) noexcept nogil

@@ -17,7 +17,8 @@ Invariants
     a bit of `used` is set iff the magazine has, or had, a limit
 Locking
     The owner enters by `lock` alone.  Its slow paths, and everyone else, hold the lock's mutex, under
-    which the central list's may be taken; no two caches' mutexes at a time.
+    which the central list's may be taken; no two caches' mutexes at a time.  A block on its way from
+    one place to another is so under some lock that fork() takes.
 Units
     Blocks.
 """
@@ -189,7 +190,7 @@ cdef bint thread_cache_refill(
     thread_cache_t *cache, central_t *centrals, block_map_t *map, size_t size_class, int64_t key,
     bint may_grow, block_t *block, bint *fresh, int *error
 ) noexcept nogil:
-    """A block of the class that is `key`, and more for the magazine if they are at hand.
+    """A live block of the class that is `key`, and more for the magazine if they are at hand.
 
     False with a code in `error`, as central_take.
     """
@@ -213,6 +214,7 @@ cdef bint thread_cache_refill(
     is_served = n > 0
     if is_served:
         block[0] = magazine.blocks[n - 1]
+        atomic_store_u8(block.state, cache.tag)
         set_n(magazine, n - 1)
         atomic_bump_i64(&magazine.n_allocs)
     mutex_unlock(&cache.lock.mutex)
@@ -255,9 +257,9 @@ cdef bint thread_cache_free(
     if is_own:
         atomic_store_u8(block.state, STATE_FREE)
         n = push(cache, central, block, spilled)
-    mutex_unlock(&cache.lock.mutex)
     if n:
         central_put(central, spilled, n)
+    mutex_unlock(&cache.lock.mutex)
     return is_own
 
 
@@ -267,27 +269,31 @@ cdef void thread_cache_put(thread_cache_t *cache, central_t *central, block_t bl
     cdef int64_t n
     mutex_lock(&cache.lock.mutex)
     n = push(cache, central, block, spilled)
-    mutex_unlock(&cache.lock.mutex)
     if n:
         central_put(central, spilled, n)
+    mutex_unlock(&cache.lock.mutex)
 
 
-cdef bint thread_cache_return(thread_cache_t *cache, block_t block, uint8_t tag) noexcept nogil:
-    """Put another cache's block into the outbox; True if that is full now, and wants delivery."""
-    cdef uint32_t n
+cdef int thread_cache_return(thread_cache_t *cache, block_t block, uint8_t tag) noexcept nogil:
+    """Free another cache's block into the outbox.
+
+    OUTBOX_REFUSED if it is not live with that tag any more; OUTBOX_FULL if it wants delivery now.
+    """
+    cdef int outcome = OUTBOX_REFUSED
     cdef bint entered = owner_enter(&cache.lock)
     if not entered:
         owner_leave(&cache.lock)
         mutex_lock(&cache.lock.mutex)
-    n = cache.outbox.n
-    cache.outbox.blocks[n] = block
-    cache.outbox.tags[n] = tag
-    atomic_store_u32(&cache.outbox.n, n + 1)
+    if atomic_swap_u8(block.state, tag, STATE_RETURNING):
+        cache.outbox.blocks[cache.outbox.n] = block
+        cache.outbox.tags[cache.outbox.n] = tag
+        atomic_store_u32(&cache.outbox.n, cache.outbox.n + 1)
+        outcome = OUTBOX_FULL if cache.outbox.n == OUTBOX_SLOTS else OUTBOX_TAKEN
     if entered:
         owner_leave(&cache.lock)
     else:
         mutex_unlock(&cache.lock.mutex)
-    return n + 1 == OUTBOX_SLOTS
+    return outcome
 
 
 # ---------------------------------------------------------------------------------------------
