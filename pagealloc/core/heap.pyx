@@ -30,6 +30,7 @@ from pagealloc.core.atomics cimport (
     atomic_swap_u8,
 )
 from pagealloc.core.block_map cimport (
+    FIRST_RUN_CLASS,
     LIKELY,
     STATE_FIRST_TAG,
     STATE_FREE,
@@ -90,6 +91,9 @@ cdef extern from "poison.h" nogil:
     void poison "pagealloc_poison"(void *address, size_t nbytes)
     void unpoison "pagealloc_unpoison"(void *address, size_t nbytes)
     const bint HAS_POISON "PAGEALLOC_HAS_POISON"
+
+cdef enum:
+    SLOW_PER_LOOK = 16      # slow paths between two looks at the clock
 
 cdef struct cache_entry_t:
     int64_t generation      # of the heap the cache is for; 0: none
@@ -253,12 +257,14 @@ cdef char *heap_alloc_slow(
     if cache == NULL or not thread_cache_is_timed(
         cache, size_class, atomic_load_i64(&heap.time_every)
     ):
-        return alloc_untimed(heap, nbytes, align_bytes, slot_class, fresh, error)
+        return alloc_untimed(heap, cache, size_class, nbytes, align_bytes, slot_class, fresh, error)
     start_ns = latency_now_ns()
     fresh[0] = False
     address = pop(heap, size_class)
     if address == NULL:
-        address = alloc_untimed(heap, nbytes, align_bytes, slot_class, fresh, error)
+        address = alloc_untimed(
+            heap, cache, size_class, nbytes, align_bytes, slot_class, fresh, error
+        )
     latency_record(
         &heap.latency, heap_latency_group(heap, size_class), os_numa_node(),
         latency_now_ns() - start_ns
@@ -266,18 +272,47 @@ cdef char *heap_alloc_slow(
     return address
 
 
-cdef char *alloc_untimed(
-    heap_t *heap, size_t nbytes, size_t align_bytes, size_t slot_class, bint *fresh, int *error
+cdef void note_slow(heap_t *heap, thread_cache_t *cache) noexcept nogil:
+    """Every so often, look at the clock: a collection may be due."""
+    if cache != NULL:
+        cache.n_slow += 1
+    if cache == NULL or cache.n_slow % SLOW_PER_LOOK == 0:
+        heap_collect_if_due(heap)
+
+
+cdef char *refill(
+    heap_t *heap, thread_cache_t *cache, size_t size_class, int64_t key, bint may_grow, bint *fresh,
+    int *error
 ) noexcept nogil:
-    """From the central list, the page heap, or the kernel.
+    """A block of a class by way of this thread's cache."""
+    cdef block_t block
+    if not thread_cache_refill(
+        cache, heap.centrals, &heap.blocks, size_class, key, may_grow, &block, fresh, error
+    ):
+        return NULL
+    if HAS_POISON:
+        unpoison(block.address, block_bytes(heap, block.address, size_class))
+    return block.address
+
+
+cdef char *alloc_untimed(
+    heap_t *heap, thread_cache_t *cache, size_t size_class, size_t nbytes, size_t align_bytes,
+    size_t slot_class, bint *fresh, int *error
+) noexcept nogil:
+    """From the inbox, the central list, the page heap, or the kernel.
 
     More is taken from the kernel only when less than that lies idle; and before a request is
     refused, all that is idle has been given up.
     """
     cdef int64_t key
-    cdef char *address
-    heap_collect_if_due(heap)
-    address = take(heap, nbytes, align_bytes, slot_class, False, fresh, error)
+    cdef char *address = NULL
+    note_slow(heap, cache)
+    error[0] = ERROR_RETRY
+    if cache != NULL and size_class:
+        key = 0 if size_class < FIRST_RUN_CLASS else key_of(heap, nbytes, align_bytes)
+        address = refill(heap, cache, size_class, key, False, fresh, error)
+    if address == NULL and error[0] == ERROR_RETRY:
+        address = take(heap, nbytes, align_bytes, slot_class, False, fresh, error)
     if address == NULL and error[0] == ERROR_GROWTH:
         key = key_of(heap, nbytes, align_bytes)
         if heap_idle_bytes(heap) >= <int64_t>(
@@ -335,13 +370,7 @@ cdef char *take_block(
     if cache == NULL:
         cache = new_cache(heap)
     if cache != NULL:
-        if not thread_cache_refill(
-            cache, heap.centrals, &heap.blocks, size_class, key, may_grow, &block, fresh, error
-        ):
-            return NULL
-        if HAS_POISON:
-            unpoison(block.address, block_bytes(heap, block.address, size_class))
-        return block.address
+        return refill(heap, cache, size_class, key, may_grow, fresh, error)
     if not central_take(&heap.centrals[size_class], key, &block, 1, may_grow, fresh, error):
         return NULL
     atomic_add_i64(&heap.retired_allocs[size_class], 1)
@@ -428,7 +457,7 @@ cdef int heap_free_slow(heap_t *heap, char *address) noexcept nogil:
         poison(address, block_bytes(heap, address, size_class))
     while live >= STATE_FIRST_TAG:
         if take_back(heap, cache, block, size_class, live):
-            heap_collect_if_due(heap)
+            note_slow(heap, cache)
             return FREED
         live = atomic_load_u8(block.state)      # another thread was faster
     return NOT_LIVE

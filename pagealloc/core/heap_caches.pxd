@@ -15,5 +15,5 @@ cdef void heap_count_idle(heap_t *heap, int64_t *n_idle) noexcept nogil
 cdef int64_t heap_idle_bytes(heap_t *heap) noexcept nogil
 cdef void heap_reclaim(heap_t *heap) noexcept nogil
 cdef void heap_collect(heap_t *heap) noexcept nogil
-cdef bint heap_collect_if_due(heap_t *heap) noexcept nogil
+cdef void heap_collect_if_due(heap_t *heap) noexcept nogil
 cdef int64_t heap_trim(heap_t *heap) noexcept nogil

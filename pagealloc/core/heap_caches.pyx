@@ -78,32 +78,41 @@ cdef void heap_add_cache(heap_t *heap, thread_cache_t *cache) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # Locked: the caller holds caches_mutex
 
-cdef void deliver_one(heap_t *heap, block_t block, uint8_t tag) noexcept nogil:
-    """Carry a block to the inbox of the cache it belongs to.
+cdef void deliver(heap_t *heap, block_t *blocks, uint32_t n, uint8_t tag) noexcept nogil:
+    """Carry blocks to the inbox of the cache they belong to.
 
-    Where the inbox is full, all of it goes to the central lists; where the cache is gone, the block.
+    Where the inbox is full, all of it goes to the central lists; where the cache is gone, the
+    blocks.
     """
     cdef thread_cache_t *cache = heap.cache_of_tag[tag]
-    cdef size_t size_class
-    while cache != NULL and not thread_cache_accept(cache, block):
-        if not thread_cache_drain(cache, heap.centrals, &heap.blocks, False):
-            break       # no barrier to be had, and nobody may touch it without: it is lost
-    if cache != NULL:
-        return
-    # Without an owner, nobody frees it by plain stores.
-    size_class = block_class(
-        &heap.blocks, block_chunk(&heap.blocks, block.address), block.address
-    )
-    if atomic_swap_u8(block.state, STATE_RETURNING, STATE_FREE):
-        central_put(&heap.centrals[size_class], &block, 1)
+    cdef uint32_t n_accepted
+    while cache != NULL and n:
+        n_accepted = thread_cache_accept(cache, blocks, n)
+        blocks += n_accepted
+        n -= n_accepted
+        if n and not thread_cache_drain(cache, heap.centrals, &heap.blocks, False):
+            return      # no barrier to be had, and nobody may touch them without: they are lost
+    while n:            # without an owner, nobody frees them by plain stores
+        if atomic_swap_u8(blocks.state, STATE_RETURNING, STATE_FREE):
+            central_put(&heap.centrals[class_of(heap, blocks)], blocks, 1)
+        blocks += 1
+        n -= 1
+
+
+cdef size_t class_of(heap_t *heap, const block_t *block) noexcept nogil:
+    return block_class(&heap.blocks, block_chunk(&heap.blocks, block.address), block.address)
 
 
 cdef void deliver_outbox(heap_t *heap, thread_cache_t *cache) noexcept nogil:
     cdef outbox_t outbox
-    cdef uint32_t i
-    if thread_cache_take_outbox(cache, &outbox):
-        for i in range(outbox.n):
-            deliver_one(heap, outbox.blocks[i], outbox.tags[i])
+    cdef uint32_t i = 0, end
+    thread_cache_take_outbox(cache, &outbox)
+    while i < outbox.n:
+        end = i + 1
+        while end < outbox.n and outbox.tags[end] == outbox.tags[i]:
+            end += 1
+        deliver(heap, &outbox.blocks[i], end - i, outbox.tags[i])
+        i = end
 
 
 cdef bint heap_retire_cache(heap_t *heap, thread_cache_t *cache, bint for_good) noexcept nogil:
@@ -151,7 +160,7 @@ cdef void heap_deliver(heap_t *heap, thread_cache_t *cache) noexcept nogil:
 cdef void heap_return_block(heap_t *heap, block_t block, uint8_t tag) noexcept nogil:
     """The same for one block, freed by a thread that has no cache."""
     mutex_lock(&heap.caches_mutex)
-    deliver_one(heap, block, tag)
+    deliver(heap, &block, 1, tag)
     mutex_unlock(&heap.caches_mutex)
 
 
@@ -251,14 +260,13 @@ cdef void heap_collect(heap_t *heap) noexcept nogil:
     mutex_unlock(&heap.collect_mutex)
 
 
-cdef bint heap_collect_if_due(heap_t *heap) noexcept nogil:
-    """Collect if the last one was long ago; from paths that are slow anyway."""
+cdef void heap_collect_if_due(heap_t *heap) noexcept nogil:
+    """Collect if the last one was long ago."""
     cdef int64_t now_ns = os_coarse_now_ns()
     if now_ns < atomic_load_i64(&heap.next_collection_ns):
-        return False
+        return
     atomic_store_i64(&heap.next_collection_ns, now_ns + COLLECTION_INTERVAL_NS)
     heap_collect(heap)
-    return True
 
 
 cdef int64_t heap_trim(heap_t *heap) noexcept nogil:

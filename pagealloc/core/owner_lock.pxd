@@ -10,7 +10,7 @@ one side's fence paid for by the other).  An owner that sees `attention` takes t
 
 from libc.stdint cimport uint32_t
 
-from pagealloc.core.mutex cimport mutex_t
+from pagealloc.core.mutex cimport mutex_lock, mutex_t, mutex_unlock
 
 cdef extern from * nogil:
     """
@@ -50,3 +50,19 @@ cdef inline bint owner_enter(owner_lock_t *lock) noexcept nogil:
 
 cdef inline void owner_leave(owner_lock_t *lock) noexcept nogil:
     _leave(&lock.busy)
+
+
+cdef inline bint owner_enter_surely(owner_lock_t *lock) noexcept nogil:
+    """The owner's way in, waiting if need be; what it returns is for owner_leave_surely()."""
+    if _enter(&lock.busy, &lock.attention):
+        return True
+    _leave(&lock.busy)
+    mutex_lock(&lock.mutex)
+    return False
+
+
+cdef inline void owner_leave_surely(owner_lock_t *lock, bint by_flag) noexcept nogil:
+    if by_flag:
+        _leave(&lock.busy)
+    else:
+        mutex_unlock(&lock.mutex)

@@ -7,7 +7,8 @@ Structure
     collector:  mutex; attention = 1; membarrier; wait until busy = 0;  ...  attention = 0; unlock
 Invariants
     whoever holds the mutex with attention = 1 and has seen busy = 0 after the barrier is alone
-    the owner never waits for anything while busy = 1
+    while busy = 1 the owner waits for nothing but locks that are taken under this one: those who
+    have them do not wait for this one
     where the kernel has no membarrier, attention is 1 for good: every entry takes the mutex
 Locking
     This is it.  Nothing is taken while the collector waits.

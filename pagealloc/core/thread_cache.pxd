@@ -63,6 +63,7 @@ cdef struct thread_cache_t:
     uint8_t tag                     # what its live blocks are marked with
     uint32_t own_state              # the same, or 256, which no state is, for STATE_SHARED
     bint is_orphan                  # its thread is gone: a forked child has only the one that forked
+    uint32_t n_slow                 # times the owner was here for more than a pop or push
     uint32_t random                 # state of the xorshift that spaces timed allocations
     thread_cache_t *next            # of the same heap; guarded by the heap's caches_mutex
     thread_cache_t *previous
@@ -92,7 +93,9 @@ cdef int thread_cache_return(thread_cache_t *cache, block_t block, uint8_t tag) 
 
 # By anybody.
 cdef int64_t thread_cache_take_outbox(thread_cache_t *cache, outbox_t *outbox) noexcept nogil
-cdef bint thread_cache_accept(thread_cache_t *cache, block_t block) noexcept nogil
+cdef uint32_t thread_cache_accept(
+    thread_cache_t *cache, const block_t *blocks, uint32_t n
+) noexcept nogil
 cdef bint thread_cache_drain(
     thread_cache_t *cache, central_t *centrals, block_map_t *map, bint for_good
 ) noexcept nogil

@@ -16,8 +16,8 @@ Invariants
     freed it in the same instant: then its box entry is dropped when it is looked at
     a bit of `used` is set iff the magazine has, or had, a limit
 Locking
-    The owner enters by `lock` alone.  Its slow paths, and everyone else, hold the lock's mutex, under
-    which the central list's may be taken; no two caches' mutexes at a time.  A block on its way from
+    The owner enters by `lock`; others seize it, or hold its mutex for the inbox alone.  Under it the
+    central list's mutex may be taken; no two caches' locks at a time.  A block on its way from
     one place to another is so under some lock that fork() takes.
 Units
     Blocks.
@@ -62,12 +62,18 @@ from pagealloc.core.os_memory cimport (
 )
 from pagealloc.core.page_map cimport block_t
 from pagealloc.core.owner_lock cimport (
-    owner_enter,
-    owner_leave,
+    owner_enter_surely,
+    owner_leave_surely,
     owner_lock_init,
     owner_lock_release,
     owner_lock_seize,
 )
+
+cdef extern from * nogil:
+    void prefetch "__builtin_prefetch"(const void *address, int for_writing)
+
+cdef enum:
+    PREFETCHED = 8              # inbox entries ahead
 
 cdef int64_t n_conflicts = 0    # blocks found to have been freed twice in one instant; atomic
 
@@ -124,27 +130,24 @@ cdef inline int next_used(const thread_cache_t *cache, int size_class) noexcept 
     return MAX_SIZE_CLASSES
 
 
-cdef int64_t push(
-    thread_cache_t *cache, central_t *central, block_t block, block_t *spilled
-) noexcept nogil:
-    """Put a free block into its magazine; how many others it displaced, the coldest, or itself."""
+cdef void put(thread_cache_t *cache, central_t *central, block_t block) noexcept nogil:
+    """Put a free block into its magazine; if that is full, its coldest half goes to the list."""
     cdef magazine_t *magazine = &cache.magazines[central.size_class]
-    cdef int64_t n, n_spilled = 0
+    cdef int64_t n, n_spilled
     if magazine.limit == NULL:
         open_magazine(cache, magazine, central)
     n = magazine_n(magazine)
     if n and magazine.top == magazine.limit:
         n_spilled = n // 2 + 1
+        central_put(central, magazine.blocks, n_spilled)
         n -= n_spilled
-        memcpy(spilled, magazine.blocks, <size_t>n_spilled * sizeof(block_t))
         memmove(magazine.blocks, magazine.blocks + n_spilled, <size_t>n * sizeof(block_t))
         set_n(magazine, n)
-    if magazine.top == magazine.limit:      # larger than any magazine
-        spilled[0] = block
-        return 1
-    magazine.top[0] = block
-    set_n(magazine, n + 1)
-    return n_spilled
+    if magazine.top < magazine.limit:
+        magazine.top[0] = block
+        set_n(magazine, n + 1)
+    else:                               # larger than any magazine
+        central_put(central, &block, 1)
 
 
 cdef int64_t empty_magazine(magazine_t *magazine, block_t *blocks) noexcept nogil:
@@ -162,24 +165,22 @@ cdef void settle_inbox(
 
     Only while the owner is not in the middle of a free: by itself, or with its lock seized.
     """
-    cdef block_t spilled[MAGAZINE_SLOTS]
     cdef block_t block
     cdef uint32_t i
     cdef size_t size_class
-    cdef int64_t n
     for i in range(cache.inbox.n):
         block = cache.inbox.blocks[i]
         size_class = block_class(map, block_chunk(map, block.address), block.address)
-        if not atomic_swap_u8(block.state, STATE_RETURNING, STATE_FREE):
+        if i + PREFETCHED < cache.inbox.n:
+            prefetch(cache.inbox.blocks[i + PREFETCHED].state, 1)   # written by another core last
+        if atomic_load_u8(block.state) != STATE_RETURNING:
             atomic_add_i64(&n_conflicts, 1)     # its owner freed it too, and it is in a magazine
             continue
+        atomic_store_u8(block.state, STATE_FREE)    # from RETURNING, only here: no exchange
         if into_magazines:
-            n = push(cache, &centrals[size_class], block, spilled)
+            put(cache, &centrals[size_class], block)
         else:
-            spilled[0] = block
-            n = 1
-        if n:
-            central_put(&centrals[size_class], spilled, n)
+            central_put(&centrals[size_class], &block, 1)
     atomic_store_u32(&cache.inbox.n, 0)
 
 
@@ -197,12 +198,14 @@ cdef bint thread_cache_refill(
     cdef central_t *central = &centrals[size_class]
     cdef magazine_t *magazine = &cache.magazines[size_class]
     cdef int64_t n
-    cdef bint is_served
+    cdef bint by_flag
     fresh[0] = False
     error[0] = 0
-    mutex_lock(&cache.lock.mutex)
-    if cache.inbox.n:
+    if atomic_load_u32(&cache.inbox.n):
+        mutex_lock(&cache.lock.mutex)
         settle_inbox(cache, centrals, map, True)
+        mutex_unlock(&cache.lock.mutex)
+    by_flag = owner_enter_surely(&cache.lock)
     n = magazine_n(magazine)
     if n == 0:
         n = central_take(
@@ -211,14 +214,13 @@ cdef bint thread_cache_refill(
         )
         if n and magazine.limit == NULL:
             open_magazine(cache, magazine, central)
-    is_served = n > 0
-    if is_served:
+    if n:
         block[0] = magazine.blocks[n - 1]
         atomic_store_u8(block.state, cache.tag)
         set_n(magazine, n - 1)
         atomic_bump_i64(&magazine.n_allocs)
-    mutex_unlock(&cache.lock.mutex)
-    return is_served
+    owner_leave_surely(&cache.lock, by_flag)
+    return n > 0
 
 
 cdef int64_t next_timed(thread_cache_t *cache, int64_t n_allocs, int64_t every) noexcept nogil:
@@ -249,29 +251,20 @@ cdef bint thread_cache_free(
     thread_cache_t *cache, central_t *central, block_t block
 ) noexcept nogil:
     """Free a block the owner had allocated; False if it is not live, or not the owner's."""
-    cdef block_t spilled[MAGAZINE_SLOTS]
-    cdef int64_t n = 0
-    cdef bint is_own
-    mutex_lock(&cache.lock.mutex)
-    is_own = atomic_load_u8(block.state) == cache.own_state
+    cdef bint by_flag = owner_enter_surely(&cache.lock)
+    cdef bint is_own = atomic_load_u8(block.state) == cache.own_state
     if is_own:
         atomic_store_u8(block.state, STATE_FREE)
-        n = push(cache, central, block, spilled)
-    if n:
-        central_put(central, spilled, n)
-    mutex_unlock(&cache.lock.mutex)
+        put(cache, central, block)
+    owner_leave_surely(&cache.lock, by_flag)
     return is_own
 
 
 cdef void thread_cache_put(thread_cache_t *cache, central_t *central, block_t block) noexcept nogil:
     """Keep a block that is free already and nobody's."""
-    cdef block_t spilled[MAGAZINE_SLOTS]
-    cdef int64_t n
-    mutex_lock(&cache.lock.mutex)
-    n = push(cache, central, block, spilled)
-    if n:
-        central_put(central, spilled, n)
-    mutex_unlock(&cache.lock.mutex)
+    cdef bint by_flag = owner_enter_surely(&cache.lock)
+    put(cache, central, block)
+    owner_leave_surely(&cache.lock, by_flag)
 
 
 cdef int thread_cache_return(thread_cache_t *cache, block_t block, uint8_t tag) noexcept nogil:
@@ -280,19 +273,13 @@ cdef int thread_cache_return(thread_cache_t *cache, block_t block, uint8_t tag) 
     OUTBOX_REFUSED if it is not live with that tag any more; OUTBOX_FULL if it wants delivery now.
     """
     cdef int outcome = OUTBOX_REFUSED
-    cdef bint entered = owner_enter(&cache.lock)
-    if not entered:
-        owner_leave(&cache.lock)
-        mutex_lock(&cache.lock.mutex)
+    cdef bint by_flag = owner_enter_surely(&cache.lock)
     if atomic_swap_u8(block.state, tag, STATE_RETURNING):
         cache.outbox.blocks[cache.outbox.n] = block
         cache.outbox.tags[cache.outbox.n] = tag
         atomic_store_u32(&cache.outbox.n, cache.outbox.n + 1)
         outcome = OUTBOX_FULL if cache.outbox.n == OUTBOX_SLOTS else OUTBOX_TAKEN
-    if entered:
-        owner_leave(&cache.lock)
-    else:
-        mutex_unlock(&cache.lock.mutex)
+    owner_leave_surely(&cache.lock, by_flag)
     return outcome
 
 
@@ -319,16 +306,17 @@ cdef int64_t thread_cache_take_outbox(thread_cache_t *cache, outbox_t *outbox) n
     return outbox.n
 
 
-cdef bint thread_cache_accept(thread_cache_t *cache, block_t block) noexcept nogil:
-    """Put a block the owner had allocated into its inbox; False if that is full."""
-    cdef bint has_room
+cdef uint32_t thread_cache_accept(
+    thread_cache_t *cache, const block_t *blocks, uint32_t n
+) noexcept nogil:
+    """Put blocks the owner had allocated into its inbox: how many found room."""
     mutex_lock(&cache.lock.mutex)
-    has_room = cache.inbox.n < INBOX_SLOTS
-    if has_room:
-        cache.inbox.blocks[cache.inbox.n] = block
-        atomic_store_u32(&cache.inbox.n, cache.inbox.n + 1)
+    if n > INBOX_SLOTS - cache.inbox.n:
+        n = INBOX_SLOTS - cache.inbox.n
+    memcpy(cache.inbox.blocks + cache.inbox.n, blocks, n * sizeof(block_t))
+    atomic_store_u32(&cache.inbox.n, cache.inbox.n + n)
     mutex_unlock(&cache.lock.mutex)
-    return has_room
+    return n
 
 
 cdef bint thread_cache_drain(
