@@ -14,8 +14,15 @@ size class, slab, slot
     Sizes up to half a page are served from slabs, runs of pages cut into equal slots.
 page run
     Any other size: exactly the pages it needs, best fit, merged when freed.
-Buffer
-    The handle that owns one slot or run.  Only ``alloc()`` makes one.
+magazine, central list
+    A thread's own stack of free slots or runs of one size; the shared stack behind all of them.
+victim
+    A magazine that sat unused for one collection; it goes back at the next.
+Buffer, Batch
+    The handle that owns one slot or run, and the one that owns many.  Only ``alloc()`` and
+    ``alloc_many()`` make them.
+Pool
+    Idle Buffers or objects kept for reuse, as in Go's ``sync.Pool``.
 Pool
     Keeps idle Buffers, or other objects, for reuse.
 extent store, window
@@ -28,10 +35,13 @@ held bytes
 """
 
 from pagealloc.core.allocator import PageAllocator, default_allocator
+from pagealloc.core.batch import Batch
 from pagealloc.core.buffer import Buffer
 from pagealloc.core.c_api import get_include
 from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats, PoolStats
+from pagealloc.core.exact import ExactClass
 from pagealloc.core.extents import ExtentStats, ExtentStore
+from pagealloc.core.latency_histogram import LatencyHistogram
 from pagealloc.core.numpy_handler import NumpyHandler, numpy_handler
 from pagealloc.core.os_memory import huge_page_size_bytes, page_size_bytes
 from pagealloc.core.pool import Pool
@@ -53,13 +63,16 @@ __all__ = [
     "AllocatorStats",
     "ArenaStats",
     "BackingUnavailableError",
+    "Batch",
     "Buffer",
     "ClassStats",
     "ClosedError",
+    "ExactClass",
     "ExtentStats",
     "ExtentStore",
     "ForkedError",
     "InvariantError",
+    "LatencyHistogram",
     "NumpyHandler",
     "OutOfMemoryError",
     "PageAllocator",

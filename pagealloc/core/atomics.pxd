@@ -31,7 +31,10 @@ cdef extern from * nogil:
     static inline uint8_t pagealloc_load_u8(const uint8_t *target)
     { return __atomic_load_n(target, __ATOMIC_RELAXED); }
     static inline int pagealloc_swap_u8(uint8_t *target, uint8_t from, uint8_t to)
-    { return __atomic_compare_exchange_n(target, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED); }
+    {
+        return __atomic_compare_exchange_n(
+            target, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+    }
     static inline void *pagealloc_load_ptr(void *const *target)
     { return __atomic_load_n(target, __ATOMIC_ACQUIRE); }
     static inline void pagealloc_store_ptr(void **target, void *value)

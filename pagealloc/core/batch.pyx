@@ -56,8 +56,8 @@ cdef class Batch:
     """Blocks of one size, allocated together and freed together.
 
     `PageAllocator.alloc_many` makes one.  ``batch[i]`` is a writable memoryview of a block, which
-    ``numpy.frombuffer`` takes; `addresses` is for native code.  `close()` or the last reference gives
-    all blocks back.
+    ``numpy.frombuffer`` takes; `addresses` is for native code.  `close()` or the last reference
+    gives all blocks back.
 
     Attributes
     ----------

@@ -32,7 +32,8 @@ cdef struct central_t:
     int64_t n_victims       # of these, how many sat unused during the collection before as well
 
 cdef void central_init_slots(
-    central_t *central, page_heap_t *pages, block_map_t *map, uint16_t size_class, uint32_t slot_bytes
+    central_t *central, page_heap_t *pages, block_map_t *map, uint16_t size_class,
+    uint32_t slot_bytes
 ) noexcept nogil
 cdef void central_init_runs(
     central_t *central, page_heap_t *pages, block_map_t *map, uint16_t size_class, int64_t key

@@ -49,7 +49,8 @@ cdef enum:
 
 
 cdef void central_init_slots(
-    central_t *central, page_heap_t *pages, block_map_t *map, uint16_t size_class, uint32_t slot_bytes
+    central_t *central, page_heap_t *pages, block_map_t *map, uint16_t size_class,
+    uint32_t slot_bytes
 ) noexcept nogil:
     memset(central, 0, sizeof(central_t))
     mutex_init(&central.mutex, NULL)

@@ -17,7 +17,7 @@ Units
 """
 
 from libc.errno cimport ENOMEM
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 from pagealloc.core.arena cimport ERROR_BUDGET, ERROR_GROWTH, ERROR_RETRY
 from pagealloc.core.atomics cimport (

@@ -44,7 +44,9 @@ cdef void heap_init_classes(heap_t *heap) noexcept nogil:
     heap.largest_table_bytes = MAX_TABLE_PAGES * heap.pages.page_bytes
     for i in range(1, heap.classes.n_classes + 1):
         add_slot_class(heap, heap.classes.slot_bytes[i])
-    central_init_runs(&heap.centrals[UNCACHED_RUN], &heap.pages, &heap.blocks, UNCACHED_RUN, run_key(1, 1))
+    central_init_runs(
+        &heap.centrals[UNCACHED_RUN], &heap.pages, &heap.blocks, UNCACHED_RUN, run_key(1, 1)
+    )
 
 
 cdef int add_slot_class(heap_t *heap, uint32_t slot_bytes) noexcept nogil:

@@ -269,9 +269,9 @@ cdef void set_class(page_heap_t *pages, const run_t *run, uint16_t size_class) n
     """Enter a run's class at its first page, a slab's at each of its pages."""
     cdef int64_t page_bytes = <int64_t>pages.page_bytes
     cdef int64_t n_pages = run.n_pages if run.state == RUN_SLAB else 1
-    cdef int64_t i
+    cdef int64_t _i
     cdef char *address = run.address
-    for i in range(n_pages):
+    for _i in range(n_pages):
         atomic_store_u16(class_at(pages, address), size_class)
         address += page_bytes
 

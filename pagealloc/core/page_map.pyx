@@ -77,8 +77,8 @@ cdef chunk_t *take_descriptors(page_map_t *map, size_t n_chunks) noexcept nogil:
     """A list of `n_chunks`; NULL, and nothing taken, if they cannot be had."""
     cdef chunk_t *first = NULL
     cdef chunk_t *chunk
-    cdef size_t i
-    for i in range(n_chunks):
+    cdef size_t _i
+    for _i in range(n_chunks):
         if map.unused == NULL and make_descriptors(map) != 0:
             push_unused(map, first)
             return NULL

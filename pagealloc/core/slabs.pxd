@@ -12,7 +12,7 @@ cdef struct slab_t:
     slab_t *previous
     uint32_t n_free
     uint32_t first_word     # no bit is set in the words before it
-    uint64_t *free_bits     # a bit a slot: it is here, not in a magazine, a list or a caller's hands
+    uint64_t *free_bits     # a bit a slot: it is here, not in a magazine, a list, or live
 
 cdef struct slabs_t:
     page_heap_t *pages

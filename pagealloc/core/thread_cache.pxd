@@ -62,7 +62,7 @@ cdef struct thread_cache_t:
     owner_lock_t lock
     uint8_t tag                     # what its live blocks are marked with
     uint32_t own_state              # the same, or 256, which no state is, for STATE_SHARED
-    bint is_orphan                  # its thread is gone: a forked child has only the one that forked
+    bint is_orphan                  # its thread is gone: a child has only the one that forked
     uint32_t n_slow                 # times the owner was here for more than a pop or push
     uint32_t random                 # state of the xorshift that spaces timed allocations
     thread_cache_t *next            # of the same heap; guarded by the heap's caches_mutex
@@ -117,7 +117,7 @@ cdef inline int64_t magazine_n(const magazine_t *magazine) noexcept nogil:
 
 
 cdef inline char *magazine_pop(thread_cache_t *cache, size_t size_class) noexcept nogil:
-    """A block from the owner's magazine, live now; NULL: it is empty, or the time is to be taken."""
+    """A block from the owner's magazine, live now; NULL: it is empty, or this one is timed."""
     cdef magazine_t *magazine = &cache.magazines[size_class]
     cdef block_t *top
     cdef char *address = NULL

@@ -16,8 +16,8 @@ Invariants
     freed it in the same instant: then its box entry is dropped when it is looked at
     a bit of `used` is set iff the magazine has, or had, a limit
 Locking
-    The owner enters by `lock`; others seize it, or hold its mutex for the inbox alone.  Under it the
-    central list's mutex may be taken; no two caches' locks at a time.  A block on its way from
+    The owner enters by `lock`; others seize it, or hold its mutex for the inbox alone.  Under it
+    the central list's mutex may be taken; no two caches' locks at a time.  A block on its way from
     one place to another is so under some lock that fork() takes.
 Units
     Blocks.

@@ -1,6 +1,7 @@
 """PageAllocator: what a caller asks, gets, and is told."""
 
 import errno
+import gc
 import itertools
 import mmap
 import os
@@ -24,6 +25,7 @@ from pagealloc import (
     page_size_bytes,
 )
 from pagealloc.core import os_memory
+from pagealloc.core.os_memory import call_counts, refusing
 
 PAGE_BYTES = page_size_bytes()
 NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
@@ -145,6 +147,7 @@ def test_best_fit_takes_the_smallest_hole_that_is_long_enough(allocator):
     hole = buffers[2].address
     for i in (0, 2, 4):
         buffers[i].close()
+    allocator.trim()  # out of the magazines, into the holes
     assert allocator.alloc(9 * PAGE_BYTES).address == hole
 
 
@@ -369,6 +372,7 @@ def test_an_aligned_request_passes_over_a_hole_without_an_aligned_start(allocato
     tight, roomy = buffers[1].address, buffers[3].address
     buffers[3].close()
     buffers[1].close()
+    allocator.trim()  # out of the magazines, into the holes
     aligned = allocator.alloc(mib, align=mib)
     assert aligned.address % mib == 0
     assert tight % mib != 0
@@ -428,14 +432,125 @@ def test_trim_returns_what_went_back():
         assert allocator.stats().reserved_bytes == 0
 
 
-def test_large_requests_go_back_at_once():
+def test_large_requests_are_kept_warm_for_two_collections():
     with PageAllocator(backing="base", arena_bytes="4MiB") as allocator:
         with allocator.alloc("100MiB") as large:
             touch(large)
             (arena,) = allocator.stats().arenas
             assert arena.dedicated
             assert arena.held_bytes == 100 << 20
+            address = large.address
+        assert allocator.stats().idle_bytes == 100 << 20
+        n_mapped = call_counts()["mmap"]
+        with allocator.alloc("100MiB") as large:
+            assert large.address == address
+            assert not large.fresh
+        assert call_counts()["mmap"] == n_mapped
+        for _ in range(4):
+            allocator.collect()
         assert allocator.stats().reserved_bytes == 0
+        allocator.check()
+
+
+def test_what_lies_idle_serves_other_sizes_before_the_kernel_is_asked():
+    with PageAllocator(backing="base", arena_bytes="4MiB") as allocator:
+        for block in [allocator.alloc("64KiB") for _ in range(64)]:  # all of an arena
+            block.close()
+        assert allocator.stats().idle_bytes == 4 << 20
+        whole = allocator.alloc("2MiB")
+        assert allocator.stats().reserved_bytes == 4 << 20
+        whole.close()
+
+
+def test_hot_allocations_make_no_call_and_no_fault(allocator):
+    sizes = [100, PAGE_BYTES, 64 << 10, 2 << 20, 40 << 20]
+    for nbytes in sizes:
+        allocator.alloc(nbytes).close()
+    calls = call_counts()
+    for nbytes in sizes:
+        for _ in range(100):
+            allocator.alloc(nbytes).close()
+    assert call_counts() == calls
+
+
+def test_an_idle_threads_magazines_are_taken_after_two_collections():
+    allocator = PageAllocator(backing="base")
+    start, end = threading.Event(), threading.Event()
+
+    def hoard():
+        for block in [allocator.alloc("64KiB") for _ in range(40)]:
+            block.close()
+        start.set()
+        end.wait()
+
+    thread = threading.Thread(target=hoard)
+    thread.start()
+    start.wait()
+    allocator.collect()
+    allocator.collect()
+    assert allocator.stats().idle_bytes == 40 * (64 << 10)
+    allocator.collect()
+    assert allocator.stats().idle_bytes == 0
+    end.set()
+    thread.join()
+    allocator.check()
+    allocator.close()
+
+
+def test_blocks_freed_by_another_thread_come_back():
+    with PageAllocator(backing="base", arena_bytes="64MiB") as allocator:
+        for _ in range(20):
+            blocks = [allocator.alloc("1MiB") for _ in range(50)]
+            thread = threading.Thread(target=blocks.clear)
+            thread.start()
+            thread.join()
+            allocator.check()
+            assert allocator.stats().n_live == 0
+        assert allocator.stats().reserved_bytes == 64 << 20
+
+
+def test_only_the_oldest_generation_collects():
+    with PageAllocator(backing="base") as allocator:
+        allocator.alloc(1).close()
+        gc.collect(0)
+        gc.collect(1)
+        n_before = allocator.stats().n_collections
+        gc.collect(2)
+        assert allocator.stats().n_collections == n_before + 1
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_more_sizes_than_classes(refused):
+    with PageAllocator(backing="base", arena_bytes="64MiB") as allocator:
+        with refusing("membarrier", times=-1 if refused else 0):
+            for n_pages in range(1, 1200):
+                allocator.alloc(n_pages * PAGE_BYTES).close()
+                if n_pages % 300 == 0:
+                    allocator.collect()
+        allocator.check()
+        assert allocator.stats().n_live == 0
+
+
+def test_more_threads_than_tags():
+    with PageAllocator(backing="base") as allocator:
+        ready, done = threading.Barrier(301), threading.Barrier(301)
+
+        def live():
+            block = allocator.alloc("8KiB")
+            ready.wait()
+            done.wait()
+            block.close()
+
+        threads = [threading.Thread(target=live) for _ in range(300)]
+        for thread in threads:
+            thread.start()
+        ready.wait()
+        assert allocator.stats().n_live == 300
+        done.wait()
+        for thread in threads:
+            thread.join()
+        allocator.check()
+        assert allocator.stats().n_live == 0
 
 
 # --- the ladder ---
