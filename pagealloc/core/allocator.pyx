@@ -53,6 +53,7 @@ cdef size_t checked_align(object align) except 0:
     return align_bytes
 
 
+@cython.auto_pickle(False)
 cdef class PageAllocator(Heap):
     """Page-aligned memory straight from the kernel.
 

@@ -11,11 +11,11 @@ cdef extern from * nogil:
     """
     #include <stdint.h>
     static inline int64_t pagealloc_add_i64(int64_t *target, int64_t value)
-    { return __atomic_add_fetch(target, value, __ATOMIC_RELAXED); }
+    { return __atomic_add_fetch(target, value, __ATOMIC_ACQ_REL); }
     static inline int64_t pagealloc_load_i64(const int64_t *target)
-    { return __atomic_load_n(target, __ATOMIC_RELAXED); }
+    { return __atomic_load_n(target, __ATOMIC_ACQUIRE); }
     static inline void pagealloc_store_i64(int64_t *target, int64_t value)
-    { __atomic_store_n(target, value, __ATOMIC_RELAXED); }
+    { __atomic_store_n(target, value, __ATOMIC_RELEASE); }
     static inline void pagealloc_bump_i64(int64_t *target)
     { __atomic_store_n(target, __atomic_load_n(target, __ATOMIC_RELAXED) + 1, __ATOMIC_RELAXED); }
     static inline uint32_t pagealloc_load_u32(const uint32_t *target)

@@ -194,7 +194,9 @@ cdef int64_t heap_idle_bytes(heap_t *heap) noexcept nogil:
     heap_count_idle(heap, n_idle)
     i = next_class(heap, 0)
     while i < MAX_SIZE_CLASSES:
+        mutex_lock(&heap.centrals[i].mutex)     # a class may be becoming that of another size
         idle_bytes += n_idle[i] * <int64_t>heap.centrals[i].block_bytes
+        mutex_unlock(&heap.centrals[i].mutex)
         i = next_class(heap, i)
     return idle_bytes
 
