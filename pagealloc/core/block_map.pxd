@@ -3,7 +3,7 @@
 It is inline, so that alloc and free stay one straight line.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uintptr_t
+from libc.stdint cimport UINTPTR_MAX, uint8_t, uint32_t, uintptr_t
 
 from pagealloc.core.atomics cimport atomic_load_ptr, atomic_load_u16
 from pagealloc.core.page_map cimport (
@@ -51,6 +51,11 @@ cdef void block_map_come_near(block_map_t *blocks, const void *address) noexcept
 cdef void block_map_add_slots(
     block_map_t *blocks, int size_class, uint32_t slot_bytes
 ) noexcept nogil
+
+
+cdef inline bint block_map_knows_near(block_map_t *blocks) noexcept nogil:
+    """True once block_map_come_near() has been called."""
+    return <uintptr_t>atomic_load_ptr(&blocks.near_root) != UINTPTR_MAX     # no address has this
 
 
 cdef inline chunk_t *block_chunk(block_map_t *blocks, const void *address) noexcept nogil:

@@ -40,7 +40,7 @@ cdef void block_map_init(block_map_t *blocks, page_map_t *map, size_t page_bytes
 cdef void block_map_come_near(block_map_t *blocks, const void *address) noexcept nogil:
     """Take the short way to the 32 GiB around the first arena, which is in the page map already."""
     cdef uintptr_t root = <uintptr_t>address >> (CHUNK_BITS + LEAF_BITS)
-    if blocks.near_leaf == NULL:
+    if not block_map_knows_near(blocks):
         blocks.near_leaf = <void **>atomic_load_ptr(&blocks.map.leaves[root])
         atomic_store_ptr(&blocks.near_root, <void *>root)
 

@@ -38,6 +38,7 @@ from pagealloc.core.block_map cimport (
     STATE_SHARED,
     block_chunk,
     block_class,
+    block_map_knows_near,
     block_state,
     known_block_state,
 )
@@ -329,7 +330,7 @@ cdef char *alloc_untimed(
         address = take_run(heap, key_of(heap, nbytes, align_bytes), True, fresh, error)
     if address == NULL:
         atomic_add_i64(&heap.n_failed, 1)
-    elif heap.blocks.near_leaf == NULL:
+    elif not block_map_knows_near(&heap.blocks):
         heap_come_near(heap, address)
     return address
 
