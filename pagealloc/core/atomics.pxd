@@ -5,7 +5,7 @@ goes through these.  `bump` is for a counter that one thread writes and others r
 instruction, which on the fast path would cost more than the allocation.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t
 
 cdef extern from * nogil:
     """
@@ -26,11 +26,7 @@ cdef extern from * nogil:
     { return __atomic_load_n(target, __ATOMIC_ACQUIRE); }
     static inline void pagealloc_store_u16(uint16_t *target, uint16_t value)
     { __atomic_store_n(target, value, __ATOMIC_RELEASE); }
-    static inline void pagealloc_store_u8(uint8_t *target, uint8_t value)
-    { __atomic_store_n(target, value, __ATOMIC_RELAXED); }
-    static inline uint8_t pagealloc_load_u8(const uint8_t *target)
-    { return __atomic_load_n(target, __ATOMIC_RELAXED); }
-    static inline int pagealloc_swap_u8(uint8_t *target, uint8_t from, uint8_t to)
+    static inline int pagealloc_swap_u16(uint16_t *target, uint16_t from, uint16_t to)
     {
         return __atomic_compare_exchange_n(
             target, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
@@ -48,8 +44,6 @@ cdef extern from * nogil:
     void atomic_store_u32 "pagealloc_store_u32"(uint32_t *target, uint32_t value)
     uint16_t atomic_load_u16 "pagealloc_load_u16"(const uint16_t *target)
     void atomic_store_u16 "pagealloc_store_u16"(uint16_t *target, uint16_t value)
-    void atomic_store_u8 "pagealloc_store_u8"(uint8_t *target, uint8_t value)
-    uint8_t atomic_load_u8 "pagealloc_load_u8"(const uint8_t *target)
-    bint atomic_swap_u8 "pagealloc_swap_u8"(uint8_t *target, uint8_t old, uint8_t new)
+    bint atomic_swap_u16 "pagealloc_swap_u16"(uint16_t *target, uint16_t old, uint16_t new)
     void *atomic_load_ptr "pagealloc_load_ptr"(void **target)
     void atomic_store_ptr "pagealloc_store_ptr"(void **target, void *value)

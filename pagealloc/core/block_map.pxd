@@ -1,9 +1,9 @@
-"""Where the state of a block is: the arithmetic from an address to one byte.
+"""Where the state of a block is: the arithmetic from an address to one word.
 
-It is inline, so that alloc and free stay one straight line.
+It is inline, so that alloc and free stay one straight line; and here is what a state can be.
 """
 
-from libc.stdint cimport UINTPTR_MAX, uint8_t, uint32_t, uintptr_t
+from libc.stdint cimport UINTPTR_MAX, uint16_t, uint32_t, uintptr_t
 
 from pagealloc.core.atomics cimport atomic_load_ptr, atomic_load_u16
 from pagealloc.core.page_map cimport (
@@ -17,19 +17,24 @@ from pagealloc.core.page_map cimport (
 
 cdef extern from * nogil:
     """
+    #include <stdint.h>
     #define PAGEALLOC_LIKELY(condition) __builtin_expect(!!(condition), 1)
+    #define PAGEALLOC_MARK_BYTE (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
+    static inline void pagealloc_mark(uint16_t *state)
+    { __atomic_store_n((uint8_t *)state + PAGEALLOC_MARK_BYTE, 1, __ATOMIC_RELAXED); }
     """
     bint LIKELY "PAGEALLOC_LIKELY"(bint condition)
+    void mark_returning "pagealloc_mark"(uint16_t *state)
 
 cdef enum:
     FIRST_RUN_CLASS = 128       # classes of slots are below, classes of runs from here on
     SLOT_UNIT_BITS = 6          # there is a state for every 64 bytes of a slab
 
-cdef enum:                      # the state of a block
+cdef enum:                      # the state of a block: one word of two bytes
     STATE_FREE = 0
-    STATE_RETURNING = 1         # freed by another thread than had allocated it; on its way back
-    STATE_FIRST_TAG = 2         # up to STATE_SHARED - 1: live, allocated by the cache of this tag
+    STATE_FIRST_TAG = 1         # up to STATE_SHARED - 1: live, allocated by the cache of this tag
     STATE_SHARED = 255          # live, and no thread's in particular
+    STATE_MARK = 256            # beside a tag: another thread freed it; it is on its way back
 
 cdef struct slot_shape_t:
     uint32_t nbytes             # 0: there is no such class
@@ -81,7 +86,7 @@ cdef inline size_t block_class(
     return atomic_load_u16(&chunk.class_of_page[page_in_chunk(blocks, address)])
 
 
-cdef inline uint8_t *block_state(
+cdef inline uint16_t *block_state(
     block_map_t *blocks, chunk_t *chunk, const void *address, size_t size_class
 ) noexcept nogil:
     """The state of the block that starts at `address`; NULL if none of the class can."""
@@ -96,7 +101,11 @@ cdef inline uint8_t *block_state(
     return &chunk.state_of_slot[(page << (blocks.page_shift - SLOT_UNIT_BITS)) + slot]
 
 
-cdef inline uint8_t *known_block_state(
+cdef inline bint is_live(uint32_t state) noexcept nogil:
+    return STATE_FIRST_TAG <= state <= STATE_SHARED
+
+
+cdef inline uint16_t *known_block_state(
     block_map_t *blocks, const void *address, size_t size_class
 ) noexcept nogil:
     """The state of a block that is known to be one."""

@@ -1,4 +1,4 @@
-"""The state of blocks: setting up the arithmetic.
+"""The state of blocks: setting up the arithmetic, and who may change what.
 
 Purpose
     Say of every address whether a block starts there, and whether it is live, in a few
@@ -6,11 +6,18 @@ Purpose
 Structure
     address -> chunk -> class of its page -> runs: a state a page | slots: a state every 64 bytes
     FREE --alloc--> the tag of the thread's cache (or SHARED) --free--> FREE
-                                                --another thread's free--> RETURNING --> FREE
+                                   --another thread's free--> tag, marked --> FREE
 Invariants
-    a state that is a tag is changed by the cache's owner with plain stores, inside its lock, and by
-    others by compare-and-swap to RETURNING only; RETURNING becomes FREE inside the owner's lock
-    SHARED is changed by compare-and-swap, by anybody
+    No compare-and-swap where a block has an owner, for each byte of the word has its writers:
+    the whole word is written inside the lock of the cache that has the block, or had it last
+    the mark alone is set, with a plain store of one byte, by who frees another cache's block; such
+    a thread has seen the tag without a mark, and carries the block to the cache of that tag, where
+    it is taken only if the word is (tag, marked) when it gets there
+    Of two threads that free the same block in the same instant, both may set the mark, or the owner
+    may overwrite it, or it may be set late on a block that is free by then: one of the two finds,
+    when it arrives, something else than (tag, marked), and is dropped.  For alloc writes the whole
+    word, a late mark never outlasts the next hand-out.
+    SHARED is changed by compare-and-swap, by anybody, and never marked
     near_root and near_leaf are set once, near_leaf first
 Locking
     None: written before it is read, or atomic.

@@ -53,7 +53,7 @@ cdef void central_init_slots(
     uint32_t slot_bytes
 ) noexcept nogil:
     memset(central, 0, sizeof(central_t))
-    mutex_init(&central.mutex, NULL)
+    mutex_init(&central.mutex)
     central.pages = pages
     central.map = map
     central.size_class = size_class
@@ -66,7 +66,7 @@ cdef void central_init_runs(
     central_t *central, page_heap_t *pages, block_map_t *map, uint16_t size_class, int64_t key
 ) noexcept nogil:
     memset(central, 0, sizeof(central_t))
-    mutex_init(&central.mutex, NULL)
+    mutex_init(&central.mutex)
     central.pages = pages
     central.map = map
     central.size_class = size_class

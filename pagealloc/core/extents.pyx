@@ -140,7 +140,7 @@ cdef class ExtentStore:
         if error:
             free(store)
             self.require(error, "creating an extent store", 0)
-        mutex_init(&store.mutex, NULL)
+        mutex_init(&store.mutex)
         registry_add(store)
         self.books = store
 

@@ -17,30 +17,29 @@ Units
 """
 
 from libc.errno cimport ENOMEM
-from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t
 
 from pagealloc.core.arena cimport ERROR_BUDGET, ERROR_GROWTH, ERROR_RETRY
 from pagealloc.core.atomics cimport (
     atomic_add_i64,
     atomic_load_i64,
     atomic_load_ptr,
-    atomic_load_u8,
     atomic_load_u16,
-    atomic_store_u8,
-    atomic_swap_u8,
+    atomic_store_u16,
+    atomic_swap_u16,
 )
 from pagealloc.core.block_map cimport (
     FIRST_RUN_CLASS,
     LIKELY,
-    STATE_FIRST_TAG,
     STATE_FREE,
-    STATE_RETURNING,
     STATE_SHARED,
     block_chunk,
     block_class,
     block_map_knows_near,
     block_state,
+    is_live,
     known_block_state,
+    mark_returning,
 )
 from pagealloc.core.central cimport central_give_back, central_put, central_take, run_key
 from pagealloc.core.heap_caches cimport (
@@ -92,6 +91,12 @@ cdef extern from "poison.h" nogil:
     void poison "pagealloc_poison"(void *address, size_t nbytes)
     void unpoison "pagealloc_unpoison"(void *address, size_t nbytes)
     const bint HAS_POISON "PAGEALLOC_HAS_POISON"
+
+cdef extern from * nogil:
+    """
+    static inline void pagealloc_pw(const void *p) { __asm__ volatile("prefetchw %0" :: "m"(*(const char*)p)); }
+    """
+    void prefetch "pagealloc_pw"(const void *address)
 
 cdef enum:
     SLOW_PER_LOOK = 16      # slow paths between two looks at the clock
@@ -382,7 +387,7 @@ cdef char *hand_out(heap_t *heap, block_t block, size_t size_class) noexcept nog
     """Mark a free block that nobody else has as live, and nobody's in particular."""
     if HAS_POISON:
         unpoison(block.address, block_bytes(heap, block.address, size_class))
-    atomic_store_u8(block.state, STATE_SHARED)
+    atomic_store_u16(block.state, STATE_SHARED)
     return block.address
 
 
@@ -410,7 +415,7 @@ cdef inline bint free_fast(heap_t *heap, char *address) noexcept nogil:
     cdef cache_entry_t *entry = entry_of(heap)
     cdef chunk_t *chunk = block_chunk(&heap.blocks, address)
     cdef size_t size_class
-    cdef uint8_t *state
+    cdef uint16_t *state
     if not LIKELY(
         chunk != NULL and atomic_load_ptr(&chunk.owner) == heap
         and entry.generation == heap.generation
@@ -420,13 +425,13 @@ cdef inline bint free_fast(heap_t *heap, char *address) noexcept nogil:
     state = block_state(&heap.blocks, chunk, address, size_class)
     if not LIKELY(state != NULL):
         return False
-    if HAS_POISON and atomic_load_u8(state) == entry.cache.own_state:
+    if HAS_POISON and is_live(atomic_load_u16(state)):
         poison(address, block_bytes(heap, address, size_class))
     return magazine_push(entry.cache, size_class, state, address)
 
 
 cdef bint heap_free_fast(heap_t *heap, char *address) noexcept nogil:
-    """Free a block that this thread had allocated; False where it takes heap_free_slow."""
+    """Free a block, if that takes a few nanoseconds; False where it takes heap_free_slow."""
     return free_fast(heap, address)
 
 
@@ -443,7 +448,7 @@ cdef int heap_free_slow(heap_t *heap, char *address) noexcept nogil:
     cdef chunk_t *chunk = block_chunk(&heap.blocks, address)
     cdef size_t size_class
     cdef block_t block
-    cdef uint8_t live
+    cdef uint16_t live
     if chunk == NULL or atomic_load_ptr(&chunk.owner) != heap:
         return NOT_OURS
     size_class = block_class(&heap.blocks, chunk, address)
@@ -453,24 +458,24 @@ cdef int heap_free_slow(heap_t *heap, char *address) noexcept nogil:
         return NOT_OURS
     if cache == NULL:
         cache = new_cache(heap)
-    live = atomic_load_u8(block.state)
-    if HAS_POISON and live >= STATE_FIRST_TAG:
+    live = atomic_load_u16(block.state)
+    if HAS_POISON and is_live(live):
         poison(address, block_bytes(heap, address, size_class))
-    while live >= STATE_FIRST_TAG:
+    while is_live(live):
         if take_back(heap, cache, block, size_class, live):
             note_slow(heap, cache)
             return FREED
-        live = atomic_load_u8(block.state)      # another thread was faster
+        live = atomic_load_u16(block.state)     # another thread was faster
     return NOT_LIVE
 
 
 cdef bint take_back(
-    heap_t *heap, thread_cache_t *cache, block_t block, size_t size_class, uint8_t live
+    heap_t *heap, thread_cache_t *cache, block_t block, size_t size_class, uint16_t live
 ) noexcept nogil:
     """Free a block whose state is `live`; False if it is that no longer.  `cache` may be NULL."""
     cdef int outcome
     if live == STATE_SHARED:
-        if not atomic_swap_u8(block.state, live, STATE_FREE):
+        if not atomic_swap_u16(block.state, live, STATE_FREE):
             return False
         if size_class == UNCACHED_RUN:
             central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1)
@@ -480,8 +485,7 @@ cdef bint take_back(
             thread_cache_put(cache, &heap.centrals[size_class], block)
         return True
     if cache == NULL:
-        if not atomic_swap_u8(block.state, live, STATE_RETURNING):
-            return False
+        mark_returning(block.state)
         heap_return_block(heap, block, live)
         return True
     if live == cache.own_state:
@@ -550,13 +554,13 @@ cdef size_t heap_free_many(heap_t *heap, char *const *addresses, size_t n) noexc
 cdef size_t heap_usable_bytes(heap_t *heap, const char *address) noexcept nogil:
     """The length of the live block that starts at `address`; 0: there is none."""
     cdef chunk_t *chunk = block_chunk(&heap.blocks, address)
-    cdef uint8_t *state
+    cdef uint16_t *state
     cdef size_t size_class
     if chunk == NULL or atomic_load_ptr(&chunk.owner) != heap:
         return 0
     size_class = block_class(&heap.blocks, chunk, address)
     state = block_state(&heap.blocks, chunk, address, size_class)
-    if state == NULL or atomic_load_u8(state) < STATE_FIRST_TAG:
+    if state == NULL or not is_live(atomic_load_u16(state)):
         return 0
     return block_bytes(heap, address, size_class)
 

@@ -16,7 +16,7 @@ Units
     Blocks; bytes where named.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t
 from libc.string cimport memset
 
 from pagealloc.core.atomics cimport (
@@ -24,12 +24,12 @@ from pagealloc.core.atomics cimport (
     atomic_load_i64,
     atomic_load_u32,
     atomic_store_i64,
-    atomic_swap_u8,
+    atomic_swap_u16,
 )
 from pagealloc.core.block_map cimport (
     STATE_FIRST_TAG,
     STATE_FREE,
-    STATE_RETURNING,
+    STATE_MARK,
     STATE_SHARED,
     block_chunk,
     block_class,
@@ -53,6 +53,7 @@ from pagealloc.core.thread_cache cimport (
 )
 
 cdef enum:
+    NO_STATE = 1 << 16
     COLLECTION_INTERVAL_NS = 500 * 1000 * 1000
 
 
@@ -62,10 +63,10 @@ cdef void heap_add_cache(heap_t *heap, thread_cache_t *cache) noexcept nogil:
     mutex_lock(&heap.caches_mutex)
     while tag < STATE_SHARED and heap.cache_of_tag[tag] != NULL:
         tag += 1
-    cache.tag = <uint8_t>tag
+    cache.tag = <uint16_t>tag
     cache.own_state = tag
     if tag == STATE_SHARED:
-        cache.own_state = tag + 1
+        cache.own_state = NO_STATE
     else:
         heap.cache_of_tag[tag] = cache
     cache.next = heap.caches
@@ -78,7 +79,7 @@ cdef void heap_add_cache(heap_t *heap, thread_cache_t *cache) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # Locked: the caller holds caches_mutex
 
-cdef void deliver(heap_t *heap, block_t *blocks, uint32_t n, uint8_t tag) noexcept nogil:
+cdef void deliver(heap_t *heap, block_t *blocks, uint32_t n, uint16_t tag) noexcept nogil:
     """Carry blocks to the inbox of the cache they belong to.
 
     Where the inbox is full, all of it goes to the central lists; where the cache is gone, the
@@ -92,8 +93,8 @@ cdef void deliver(heap_t *heap, block_t *blocks, uint32_t n, uint8_t tag) noexce
         n -= n_accepted
         if n and not thread_cache_drain(cache, heap.centrals, &heap.blocks, False):
             return      # no barrier to be had, and nobody may touch them without: they are lost
-    while n:            # without an owner, nobody frees them by plain stores
-        if atomic_swap_u8(blocks.state, STATE_RETURNING, STATE_FREE):
+    while n:            # the next cache of this tag takes no part in these: it has not had them
+        if atomic_swap_u16(blocks.state, tag | STATE_MARK, STATE_FREE):
             central_put(&heap.centrals[class_of(heap, blocks)], blocks, 1)
         blocks += 1
         n -= 1
@@ -157,7 +158,7 @@ cdef void heap_deliver(heap_t *heap, thread_cache_t *cache) noexcept nogil:
     mutex_unlock(&heap.caches_mutex)
 
 
-cdef void heap_return_block(heap_t *heap, block_t block, uint8_t tag) noexcept nogil:
+cdef void heap_return_block(heap_t *heap, block_t block, uint16_t tag) noexcept nogil:
     """The same for one block, freed by a thread that has no cache."""
     mutex_lock(&heap.caches_mutex)
     deliver(heap, &block, 1, tag)

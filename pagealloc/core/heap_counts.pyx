@@ -13,12 +13,12 @@ Units
     Blocks; bytes where named.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int64_t, uint16_t, uintptr_t
 from libc.string cimport memset
 
 from pagealloc.core.arena cimport arena_t
-from pagealloc.core.atomics cimport atomic_load_i64, atomic_load_u8
-from pagealloc.core.block_map cimport FIRST_RUN_CLASS, STATE_FIRST_TAG, block_chunk, block_class
+from pagealloc.core.atomics cimport atomic_load_i64, atomic_load_u16
+from pagealloc.core.block_map cimport FIRST_RUN_CLASS, block_chunk, block_class, is_live
 from pagealloc.core.central cimport central_check, central_t
 from pagealloc.core.heap_caches cimport heap_count_idle
 from pagealloc.core.heap_state cimport MAX_SIZE_CLASSES, heap_t, next_class
@@ -101,14 +101,14 @@ cdef void count_live_of_page(
 ) noexcept nogil:
     cdef chunk_t *chunk = block_chunk(&heap.blocks, address)
     cdef size_t page = (<uintptr_t>address >> heap.blocks.page_shift) & heap.blocks.chunk_page_mask
-    cdef uint8_t *states = chunk.state_of_slot + page * (heap.pages.page_bytes // SLOT_UNIT_BYTES)
+    cdef uint16_t *states = chunk.state_of_slot + page * (heap.pages.page_bytes // SLOT_UNIT_BYTES)
     cdef int size_class = <int>block_class(&heap.blocks, chunk, address)
     cdef size_t i
     if size_class >= FIRST_RUN_CLASS:
-        n_live[size_class] += atomic_load_u8(&chunk.state_of_page[page]) >= STATE_FIRST_TAG
+        n_live[size_class] += is_live(atomic_load_u16(&chunk.state_of_page[page]))
     elif size_class:
         for i in range(heap.pages.page_bytes // heap.blocks.slots[size_class].nbytes):
-            n_live[size_class] += atomic_load_u8(&states[i]) >= STATE_FIRST_TAG
+            n_live[size_class] += is_live(atomic_load_u16(&states[i]))
 
 
 cdef const char *heap_check(heap_t *heap) noexcept nogil:

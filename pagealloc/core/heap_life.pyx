@@ -59,9 +59,9 @@ cdef heap_t *heap_new(size_t arena_bytes, int ladder, int64_t budget_bytes) noex
     )
     heap_init_classes(heap)
     heap_latency_init(heap)
-    mutex_init(&heap.collect_mutex, NULL)
-    mutex_init(&heap.classes_mutex, NULL)
-    mutex_init(&heap.caches_mutex, NULL)
+    mutex_init(&heap.collect_mutex)
+    mutex_init(&heap.classes_mutex)
+    mutex_init(&heap.caches_mutex)
     enter_registry(heap)
     return heap
 
@@ -155,6 +155,7 @@ cdef void lock_heap(heap_t *heap) noexcept nogil:
         # Without a barrier a block may be lost to the child, and nothing worse.
         if not owner_lock_seize(&cache.lock):
             mutex_lock(&cache.lock.mutex)
+        mutex_lock(&cache.inbox.mutex)
         cache = cache.next
     i = next_class(heap, 0)
     while i < MAX_SIZE_CLASSES:
@@ -173,6 +174,7 @@ cdef void unlock_heap(heap_t *heap) noexcept nogil:
         i = next_class(heap, i)
     cache = heap.caches
     while cache != NULL:
+        mutex_unlock(&cache.inbox.mutex)
         owner_lock_release(&cache.lock)
         cache = cache.next
     mutex_unlock(&heap.caches_mutex)
@@ -216,6 +218,6 @@ cdef void unlock_all_in_child() noexcept nogil:
 
 
 page_map_init(&process_map)
-mutex_init(&registry_mutex, NULL)
+mutex_init(&registry_mutex)
 if os_at_fork(lock_all, unlock_all, unlock_all_in_child) != 0:
     raise MemoryError("pthread_atfork refused to register pagealloc's fork handlers")

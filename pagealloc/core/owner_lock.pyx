@@ -35,7 +35,7 @@ cdef extern from * nogil:
 
 cdef void owner_lock_init(owner_lock_t *lock) noexcept nogil:
     """Prepare a lock whose memory is zero."""
-    mutex_init(&lock.mutex, NULL)
+    mutex_init(&lock.mutex)
     lock.attention = not os_has_barrier()
 
 

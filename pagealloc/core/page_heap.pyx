@@ -74,7 +74,7 @@ cdef void page_heap_init(
     int ladder, int64_t budget_bytes
 ) noexcept nogil:
     memset(pages, 0, sizeof(page_heap_t))
-    mutex_init(&pages.mutex, NULL)
+    mutex_init(&pages.mutex)
     free_runs_init(&pages.free, <int64_t>page_bytes)
     pages.map = map
     pages.owner = owner

@@ -6,7 +6,7 @@ memory of a chunk's descriptor, which serves another chunk later: whoever follow
 freed long ago finds a descriptor, and in it that nothing is live there.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uintptr_t
+from libc.stdint cimport uint16_t, uintptr_t
 
 from pagealloc.core.atomics cimport atomic_load_ptr
 from pagealloc.core.mutex cimport mutex_t
@@ -21,19 +21,19 @@ cdef enum:
     LEAF_ENTRIES = 1 << LEAF_BITS
     ROOT_ENTRIES = 1 << ROOT_BITS
 
-cdef struct chunk_t:                # 25 cache lines: an odd number spreads them over the cache
+cdef struct chunk_t:                # 33 cache lines: an odd number spreads them over the cache
     void *owner                     # the heap; set last and cleared first; atomic
     void *arena
-    uint8_t *state_of_slot          # of every 64 bytes, used as far as slabs have slots; atomic
+    uint16_t *state_of_slot         # of every 64 bytes, used as far as slabs have slots; atomic
     chunk_t *next                   # in a list of chunks that are in no place
     void *padding[4]
     # The class of the run that starts at a page, or of the slab that covers it; 0: neither; atomic
     uint16_t class_of_page[CHUNK_MAX_PAGES]
-    uint8_t state_of_page[CHUNK_MAX_PAGES]      # of the run that starts there; atomic
+    uint16_t state_of_page[CHUNK_MAX_PAGES]     # of the run that starts there; atomic
 
 cdef struct block_t:                # as it travels between magazines and lists
     char *address
-    uint8_t *state                  # where its state is: computed once, not at every allocation
+    uint16_t *state                 # where its state is: computed once, not at every allocation
 
 cdef struct page_map_t:
     mutex_t mutex                   # writers

@@ -17,19 +17,20 @@ Units
 """
 
 from libc.errno cimport ENOMEM
-from libc.stdint cimport uint8_t, uintptr_t
+from libc.stdint cimport uint16_t, uintptr_t
 
 from pagealloc.core.atomics cimport atomic_store_ptr
 from pagealloc.core.mutex cimport mutex_init, mutex_lock, mutex_unlock
 from pagealloc.core.os_memory cimport os_page_bytes, os_reserve
 
 cdef enum:
-    BLOCK_CHUNKS = 64               # descriptors made at a time: 100 KiB, and 2 MiB of slot states
+    BLOCK_CHUNKS = 64               # descriptors made at a time: 132 KiB, and 4 MiB of slot states
+    STATES_BYTES = CHUNK_MAX_SLOTS * sizeof(uint16_t)
 
 
 cdef void page_map_init(page_map_t *map) noexcept nogil:
     """Prepare a map whose memory is zero."""
-    mutex_init(&map.mutex, NULL)
+    mutex_init(&map.mutex)
 
 
 cdef inline size_t whole_pages(size_t nbytes) noexcept nogil:
@@ -59,7 +60,7 @@ cdef int make_descriptors(page_map_t *map) noexcept nogil:
     """Add a block of unused ones; mapped, for their tables are mostly never touched."""
     cdef size_t tables_bytes = whole_pages(BLOCK_CHUNKS * sizeof(chunk_t))
     cdef char *block = <char *>os_reserve(
-        tables_bytes + BLOCK_CHUNKS * CHUNK_MAX_SLOTS, os_page_bytes()
+        tables_bytes + BLOCK_CHUNKS * STATES_BYTES, os_page_bytes()
     )
     cdef chunk_t *chunk
     cdef int i
@@ -67,7 +68,7 @@ cdef int make_descriptors(page_map_t *map) noexcept nogil:
         return ENOMEM
     for i in range(BLOCK_CHUNKS):
         chunk = <chunk_t *>block + i
-        chunk.state_of_slot = <uint8_t *>(block + tables_bytes + i * CHUNK_MAX_SLOTS)
+        chunk.state_of_slot = <uint16_t *>(block + tables_bytes + i * STATES_BYTES)
         chunk.next = map.unused
         map.unused = chunk
     return 0

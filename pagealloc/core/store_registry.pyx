@@ -85,6 +85,6 @@ cdef void registry_remove(store_t *store) noexcept nogil:
     mutex_unlock(&registry_mutex)
 
 
-mutex_init(&registry_mutex, NULL)
+mutex_init(&registry_mutex)
 if os_at_fork(before_fork, after_fork, after_fork_in_child) != 0:
     raise MemoryError("pthread_atfork refused to register the fork handlers of extent stores")

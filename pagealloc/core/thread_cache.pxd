@@ -4,17 +4,27 @@ The inline half: popping and pushing a block, as the owner does it.  A pop or pu
 plain loads and stores: no lock, no atomic read-modify-write, no call.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 
 from pagealloc.core.atomics cimport (
-    atomic_load_u8,
     atomic_load_ptr,
+    atomic_load_u16,
+    atomic_load_u32,
     atomic_store_i64,
     atomic_store_ptr,
-    atomic_store_u8,
+    atomic_store_u16,
+    atomic_store_u32,
 )
-from pagealloc.core.block_map cimport LIKELY, STATE_FREE, block_map_t
+from pagealloc.core.block_map cimport (
+    LIKELY,
+    STATE_FIRST_TAG,
+    STATE_FREE,
+    STATE_SHARED,
+    block_map_t,
+    mark_returning,
+)
 from pagealloc.core.central cimport central_t
+from pagealloc.core.mutex cimport mutex_t
 from pagealloc.core.page_map cimport block_t
 from pagealloc.core.owner_lock cimport owner_enter, owner_leave, owner_lock_t
 
@@ -49,7 +59,8 @@ cdef struct magazine_age_t:         # the collector's
     int64_t n                       # ... and what was in it,
     bint is_victim                  # ... and whether it sat unused then
 
-cdef struct inbox_t:                # blocks of all classes, in state RETURNING
+cdef struct inbox_t:                # blocks of all classes, marked as returning; a stack
+    mutex_t mutex
     uint32_t n                      # atomic to read
     block_t blocks[INBOX_SLOTS]
 
@@ -60,8 +71,8 @@ cdef struct outbox_t:
 
 cdef struct thread_cache_t:
     owner_lock_t lock
-    uint8_t tag                     # what its live blocks are marked with
-    uint32_t own_state              # the same, or 256, which no state is, for STATE_SHARED
+    uint16_t tag                    # the state of its live blocks
+    uint32_t own_state              # the same, or 65536, which no state is, for STATE_SHARED
     bint is_orphan                  # its thread is gone: a child has only the one that forked
     uint32_t n_slow                 # times the owner was here for more than a pop or push
     uint32_t random                 # state of the xorshift that spaces timed allocations
@@ -71,7 +82,7 @@ cdef struct thread_cache_t:
     magazine_age_t ages[MAX_SIZE_CLASSES]
     int64_t used[USED_WORDS]        # a bit a magazine that has ever had room; atomic
     outbox_t outbox                 # other caches' blocks, freed by this thread
-    inbox_t inbox                   # this cache's blocks, freed by others; guarded by lock.mutex
+    inbox_t inbox                   # this cache's blocks, freed by others; guarded by its mutex
     magazine_t magazines[MAX_SIZE_CLASSES]
 
 cdef thread_cache_t *thread_cache_new() noexcept nogil
@@ -89,7 +100,7 @@ cdef bint thread_cache_free(
     thread_cache_t *cache, central_t *central, block_t block
 ) noexcept nogil
 cdef void thread_cache_put(thread_cache_t *cache, central_t *central, block_t block) noexcept nogil
-cdef int thread_cache_return(thread_cache_t *cache, block_t block, uint8_t tag) noexcept nogil
+cdef int thread_cache_return(thread_cache_t *cache, block_t block, uint16_t tag) noexcept nogil
 
 # By anybody.
 cdef int64_t thread_cache_take_outbox(thread_cache_t *cache, outbox_t *outbox) noexcept nogil
@@ -128,7 +139,7 @@ cdef inline char *magazine_pop(thread_cache_t *cache, size_t size_class) noexcep
         if LIKELY(top > magazine.blocks and n_allocs != magazine.next_timed):
             top -= 1
             address = top.address
-            atomic_store_u8(top.state, cache.tag)
+            atomic_store_u16(top.state, cache.tag)
             atomic_store_ptr(<void **>&magazine.top, top)
             atomic_store_i64(&magazine.n_allocs, n_allocs)
     owner_leave(&cache.lock)
@@ -136,25 +147,47 @@ cdef inline char *magazine_pop(thread_cache_t *cache, size_t size_class) noexcep
 
 
 cdef inline bint magazine_push(
-    thread_cache_t *cache, size_t size_class, uint8_t *state, char *address
+    thread_cache_t *cache, size_t size_class, uint16_t *state, char *address
 ) noexcept nogil:
-    """Free a block that the owner had allocated, into its magazine.
+    """Free a block: the owner's into its magazine, another cache's into the outbox.
 
-    False, and nothing changed: the block is not live or not the owner's, the magazine has no room,
-    or is being collected.
+    False, and nothing changed: the block is not live or nobody's, there is no room, the outbox
+    wants to be delivered, or the magazine is being collected.
     """
     cdef magazine_t *magazine = &cache.magazines[size_class]
     cdef block_t *top
+    cdef uint32_t live
     cdef bint done = False
     if LIKELY(owner_enter(&cache.lock)):
         top = magazine.top
-        if LIKELY(atomic_load_u8(state) == cache.own_state and top < magazine.limit):
+        live = atomic_load_u16(state)
+        if LIKELY(live == cache.own_state and top < magazine.limit):
             # No exchange: whoever else frees this block at the same instant only marks it as
             # returning, and does not use it.  If that mark is lost here, it is found missing.
-            atomic_store_u8(state, STATE_FREE)
+            atomic_store_u16(state, STATE_FREE)
             top.address = address
             top.state = state
             atomic_store_ptr(<void **>&magazine.top, top + 1)
             done = True
+        elif has_owner(live) and live != cache.own_state and cache.outbox.n < OUTBOX_SLOTS - 1:
+            outbox_add(cache, address, state, <uint8_t>live)
+            done = True
     owner_leave(&cache.lock)
     return done
+
+
+cdef inline bint has_owner(uint32_t state) noexcept nogil:
+    """True if the block is live, and allocated by a cache that has a tag of its own."""
+    return STATE_FIRST_TAG <= state < STATE_SHARED
+
+
+cdef inline void outbox_add(
+    thread_cache_t *cache, char *address, uint16_t *state, uint8_t tag
+) noexcept nogil:
+    """Free another cache's block; inside the lock, and there is room."""
+    cdef uint32_t n = cache.outbox.n
+    mark_returning(state)
+    cache.outbox.blocks[n].address = address
+    cache.outbox.blocks[n].state = state
+    cache.outbox.tags[n] = tag
+    atomic_store_u32(&cache.outbox.n, n + 1)

@@ -12,35 +12,35 @@ Structure
 Invariants
     blocks <= top <= limit <= blocks + MAGAZINE_SLOTS, or both NULL: no room yet
     (limit - blocks) * block_bytes <= MAGAZINE_MAX_BYTES
-    a block is in at most one magazine, in state FREE; in a box it is RETURNING, unless two threads
-    freed it in the same instant: then its box entry is dropped when it is looked at
+    a block is in at most one magazine, in state FREE; in a box it is marked as returning, unless
+    two threads freed it in the same instant: then its box entry is dropped when it is looked at
     a bit of `used` is set iff the magazine has, or had, a limit
 Locking
-    The owner enters by `lock`; others seize it, or hold its mutex for the inbox alone.  Under it
-    the central list's mutex may be taken; no two caches' locks at a time.  A block on its way from
-    one place to another is so under some lock that fork() takes.
+    The owner enters by `lock`; others seize it.  Under it the inbox's mutex may be taken, or that
+    of a central list; no two caches' locks at a time.  A block on its way from one place to another
+    is so under some lock that fork() takes.
 Units
     Blocks.
 """
 
-from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove
 
 from pagealloc.core.atomics cimport (
     atomic_add_i64,
     atomic_bump_i64,
     atomic_load_i64,
-    atomic_load_u8,
+    atomic_load_u16,
     atomic_load_u32,
     atomic_store_i64,
     atomic_store_ptr,
-    atomic_store_u8,
+    atomic_store_u16,
     atomic_store_u32,
-    atomic_swap_u8,
 )
 from pagealloc.core.block_map cimport (
+    LIKELY,
     STATE_FREE,
-    STATE_RETURNING,
+    STATE_MARK,
     block_chunk,
     block_class,
     block_map_t,
@@ -52,7 +52,7 @@ from pagealloc.core.central cimport (
     central_take,
     count_trailing_zeros,
 )
-from pagealloc.core.mutex cimport mutex_destroy, mutex_lock, mutex_unlock
+from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
 from pagealloc.core.os_memory cimport (
     MADV_NOHUGEPAGE,
     os_abandon,
@@ -90,6 +90,7 @@ cdef thread_cache_t *thread_cache_new() noexcept nogil:
         return NULL
     os_advise(cache, cache_bytes(), MADV_NOHUGEPAGE)    # refused: no harm but memory
     owner_lock_init(&cache.lock)
+    mutex_init(&cache.inbox.mutex)
     cache.thread = pthread_self()
     cache.random = 2463534242
     return cache
@@ -97,6 +98,7 @@ cdef thread_cache_t *thread_cache_new() noexcept nogil:
 
 cdef void thread_cache_delete(thread_cache_t *cache) noexcept nogil:
     """Unmap an empty cache that nobody can reach any more."""
+    mutex_destroy(&cache.inbox.mutex)
     mutex_destroy(&cache.lock.mutex)
     os_abandon(cache, cache_bytes())
 
@@ -130,9 +132,22 @@ cdef inline int next_used(const thread_cache_t *cache, int size_class) noexcept 
     return MAX_SIZE_CLASSES
 
 
-cdef void put(thread_cache_t *cache, central_t *central, block_t block) noexcept nogil:
+cdef inline void put(
+    thread_cache_t *cache, central_t *central, size_t size_class, block_t block
+) noexcept nogil:
     """Put a free block into its magazine; if that is full, its coldest half goes to the list."""
-    cdef magazine_t *magazine = &cache.magazines[central.size_class]
+    cdef magazine_t *magazine = &cache.magazines[size_class]
+    cdef block_t *top = magazine.top
+    if LIKELY(top < magazine.limit):
+        top[0] = block
+        atomic_store_ptr(<void **>&magazine.top, top + 1)
+    else:
+        put_slow(cache, central, magazine, block)
+
+
+cdef void put_slow(
+    thread_cache_t *cache, central_t *central, magazine_t *magazine, block_t block
+) noexcept nogil:
     cdef int64_t n, n_spilled
     if magazine.limit == NULL:
         open_magazine(cache, magazine, central)
@@ -158,30 +173,45 @@ cdef int64_t empty_magazine(magazine_t *magazine, block_t *blocks) noexcept nogi
     return n
 
 
-cdef void settle_inbox(
-    thread_cache_t *cache, central_t *centrals, block_map_t *map, bint into_magazines
+cdef uint32_t take_from_inbox(
+    inbox_t *inbox, block_t *blocks, uint32_t n
 ) noexcept nogil:
-    """Make what others freed free: into the magazines, or past them to the central lists.
+    """Take up to `n` of the newest, and have their states fetched; how many."""
+    cdef uint32_t i, n_left
+    mutex_lock(&inbox.mutex)
+    if n > inbox.n:
+        n = inbox.n
+    n_left = inbox.n - n
+    memcpy(blocks, inbox.blocks + n_left, n * sizeof(block_t))
+    atomic_store_u32(&inbox.n, n_left)
+    mutex_unlock(&inbox.mutex)
+    for i in range(n):
+        prefetch(blocks[i].state, 1)    # written by another core last
+    return n
 
-    Only while the owner is not in the middle of a free: by itself, or with its lock seized.
+
+cdef bint settle_inbox(
+    thread_cache_t *cache, central_t *centrals, block_map_t *map, int64_t n, bint into_magazines
+) noexcept nogil:
+    """Make up to `n` blocks free that others freed: into the magazines, or to the central lists.
+
+    True if there were any.  Inside the owner's lock, by itself or seized: what is returned must not
+    be freed by the owner at the same time.
     """
-    cdef block_t block
-    cdef uint32_t i
+    cdef block_t blocks[MAGAZINE_SLOTS]
+    cdef uint32_t i, n_taken = take_from_inbox(&cache.inbox, blocks, <uint32_t>n)
     cdef size_t size_class
-    for i in range(cache.inbox.n):
-        block = cache.inbox.blocks[i]
-        size_class = block_class(map, block_chunk(map, block.address), block.address)
-        if i + PREFETCHED < cache.inbox.n:
-            prefetch(cache.inbox.blocks[i + PREFETCHED].state, 1)   # written by another core last
-        if atomic_load_u8(block.state) != STATE_RETURNING:
-            atomic_add_i64(&n_conflicts, 1)     # its owner freed it too, and it is in a magazine
+    for i in range(n_taken):
+        if atomic_load_u16(blocks[i].state) != (cache.tag | STATE_MARK):
+            atomic_add_i64(&n_conflicts, 1)     # freed twice, and the other free had it
             continue
-        atomic_store_u8(block.state, STATE_FREE)    # from RETURNING, only here: no exchange
+        atomic_store_u16(blocks[i].state, STATE_FREE)
+        size_class = block_class(map, block_chunk(map, blocks[i].address), blocks[i].address)
         if into_magazines:
-            put(cache, &centrals[size_class], block)
+            put(cache, &centrals[size_class], size_class, blocks[i])
         else:
-            central_put(&centrals[size_class], &block, 1)
-    atomic_store_u32(&cache.inbox.n, 0)
+            central_put(&centrals[size_class], &blocks[i], 1)
+    return n_taken > 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -197,26 +227,27 @@ cdef bint thread_cache_refill(
     """
     cdef central_t *central = &centrals[size_class]
     cdef magazine_t *magazine = &cache.magazines[size_class]
-    cdef int64_t n
+    cdef int64_t n, capacity
     cdef bint by_flag
     fresh[0] = False
     error[0] = 0
-    if atomic_load_u32(&cache.inbox.n):
-        mutex_lock(&cache.lock.mutex)
-        settle_inbox(cache, centrals, map, True)
-        mutex_unlock(&cache.lock.mutex)
     by_flag = owner_enter_surely(&cache.lock)
+    capacity = magazine.limit - magazine.blocks if magazine.limit != NULL else 0
     n = magazine_n(magazine)
+    if n == 0 and atomic_load_u32(&cache.inbox.n):
+        settle_inbox(
+            cache, centrals, map, capacity if capacity > 0 else MAGAZINE_SLOTS, True
+        )
+        n = magazine_n(magazine)
     if n == 0:
         n = central_take(
-            central, key, magazine.blocks, (magazine.limit - magazine.blocks) // 2 + 1
-            if magazine.limit != NULL else 1, may_grow, fresh, error
+            central, key, magazine.blocks, capacity // 2 + 1, may_grow, fresh, error
         )
         if n and magazine.limit == NULL:
             open_magazine(cache, magazine, central)
     if n:
         block[0] = magazine.blocks[n - 1]
-        atomic_store_u8(block.state, cache.tag)
+        atomic_store_u16(block.state, cache.tag)
         set_n(magazine, n - 1)
         atomic_bump_i64(&magazine.n_allocs)
     owner_leave_surely(&cache.lock, by_flag)
@@ -252,10 +283,10 @@ cdef bint thread_cache_free(
 ) noexcept nogil:
     """Free a block the owner had allocated; False if it is not live, or not the owner's."""
     cdef bint by_flag = owner_enter_surely(&cache.lock)
-    cdef bint is_own = atomic_load_u8(block.state) == cache.own_state
+    cdef bint is_own = atomic_load_u16(block.state) == cache.own_state
     if is_own:
-        atomic_store_u8(block.state, STATE_FREE)
-        put(cache, central, block)
+        atomic_store_u16(block.state, STATE_FREE)
+        put(cache, central, central.size_class, block)
     owner_leave_surely(&cache.lock, by_flag)
     return is_own
 
@@ -263,21 +294,19 @@ cdef bint thread_cache_free(
 cdef void thread_cache_put(thread_cache_t *cache, central_t *central, block_t block) noexcept nogil:
     """Keep a block that is free already and nobody's."""
     cdef bint by_flag = owner_enter_surely(&cache.lock)
-    put(cache, central, block)
+    put(cache, central, central.size_class, block)
     owner_leave_surely(&cache.lock, by_flag)
 
 
-cdef int thread_cache_return(thread_cache_t *cache, block_t block, uint8_t tag) noexcept nogil:
+cdef int thread_cache_return(thread_cache_t *cache, block_t block, uint16_t tag) noexcept nogil:
     """Free another cache's block into the outbox.
 
     OUTBOX_REFUSED if it is not live with that tag any more; OUTBOX_FULL if it wants delivery now.
     """
     cdef int outcome = OUTBOX_REFUSED
     cdef bint by_flag = owner_enter_surely(&cache.lock)
-    if atomic_swap_u8(block.state, tag, STATE_RETURNING):
-        cache.outbox.blocks[cache.outbox.n] = block
-        cache.outbox.tags[cache.outbox.n] = tag
-        atomic_store_u32(&cache.outbox.n, cache.outbox.n + 1)
+    if atomic_load_u16(block.state) == tag:
+        outbox_add(cache, block.address, block.state, <uint8_t>tag)
         outcome = OUTBOX_FULL if cache.outbox.n == OUTBOX_SLOTS else OUTBOX_TAKEN
     owner_leave_surely(&cache.lock, by_flag)
     return outcome
@@ -310,12 +339,12 @@ cdef uint32_t thread_cache_accept(
     thread_cache_t *cache, const block_t *blocks, uint32_t n
 ) noexcept nogil:
     """Put blocks the owner had allocated into its inbox: how many found room."""
-    mutex_lock(&cache.lock.mutex)
+    mutex_lock(&cache.inbox.mutex)
     if n > INBOX_SLOTS - cache.inbox.n:
         n = INBOX_SLOTS - cache.inbox.n
     memcpy(cache.inbox.blocks + cache.inbox.n, blocks, n * sizeof(block_t))
     atomic_store_u32(&cache.inbox.n, cache.inbox.n + n)
-    mutex_unlock(&cache.lock.mutex)
+    mutex_unlock(&cache.inbox.mutex)
     return n
 
 
@@ -331,7 +360,8 @@ cdef bint thread_cache_drain(
     cdef int i
     if not owner_lock_seize(&cache.lock):
         return False
-    settle_inbox(cache, centrals, map, False)
+    while settle_inbox(cache, centrals, map, MAGAZINE_SLOTS, False):
+        pass
     i = next_used(cache, 0)
     while i < MAX_SIZE_CLASSES:
         n = empty_magazine(&cache.magazines[i], blocks)
@@ -368,7 +398,8 @@ cdef void thread_cache_collect(
     cdef int i = next_used(cache, 0)
     if atomic_load_u32(&cache.inbox.n) and owner_lock_seize(&cache.lock):
         is_seized = True
-        settle_inbox(cache, centrals, map, False)
+        while settle_inbox(cache, centrals, map, MAGAZINE_SLOTS, False):
+            pass
     while i < MAX_SIZE_CLASSES:
         unused = is_unused(&cache.magazines[i], &cache.ages[i])
         if unused and cache.ages[i].is_victim:
@@ -404,7 +435,7 @@ cdef void count_returning(
 ) noexcept nogil:
     cdef uint32_t i
     for i in range(n):
-        if atomic_load_u8(blocks[i].state) == STATE_RETURNING:
+        if atomic_load_u16(blocks[i].state) & STATE_MARK:
             n_idle[
                 block_class(map, block_chunk(map, blocks[i].address), blocks[i].address)
             ] += 1
@@ -424,9 +455,9 @@ cdef void thread_cache_count_idle(
     if is_seized:
         count_returning(map, cache.outbox.blocks, cache.outbox.n, n_idle)
         owner_lock_release(&cache.lock)
-    mutex_lock(&cache.lock.mutex)
+    mutex_lock(&cache.inbox.mutex)
     count_returning(map, cache.inbox.blocks, cache.inbox.n, n_idle)
-    mutex_unlock(&cache.lock.mutex)
+    mutex_unlock(&cache.inbox.mutex)
 
 
 cdef void thread_cache_time_every(thread_cache_t *cache, int64_t every) noexcept nogil:
