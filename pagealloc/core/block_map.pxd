@@ -83,7 +83,7 @@ cdef inline size_t block_class(
     block_map_t *blocks, chunk_t *chunk, const void *address
 ) noexcept nogil:
     """The class of the run that starts at `address`'s page, or of the slab that covers it."""
-    return atomic_load_u16(&chunk.class_of_page[page_in_chunk(blocks, address)])
+    return atomic_load_u16(&chunk.pages[page_in_chunk(blocks, address)].size_class)
 
 
 cdef inline uint16_t *block_state(
@@ -94,7 +94,7 @@ cdef inline uint16_t *block_state(
     cdef size_t offset = <uintptr_t>address & blocks.page_mask
     cdef size_t slot
     if LIKELY(size_class >= FIRST_RUN_CLASS):
-        return &chunk.state_of_page[page] if LIKELY(offset == 0) else NULL
+        return &chunk.pages[page].state if LIKELY(offset == 0) else NULL
     slot = offset * blocks.slots[size_class].reciprocal >> 32
     if slot * blocks.slots[size_class].nbytes != offset:
         return NULL

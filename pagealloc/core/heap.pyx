@@ -105,7 +105,8 @@ cdef struct cache_entry_t:
     int64_t generation      # of the heap the cache is for; 0: none
     thread_cache_t *cache
 
-cdef struct thread_t:
+cdef struct thread_t:                       # page-aligned: as in thread_cache_t, a cold line first
+    void *unused[8]
     cache_entry_t entries[MAX_HEAPS + 1]    # by heap id; the last one stays empty
 
 cdef extern from * nogil:
@@ -130,7 +131,7 @@ cdef extern from * nogil:
     #else
     #define PAGEALLOC_TLS
     #endif
-    static char pagealloc_no_thread[(1024 + 1) * 16] __attribute__((aligned(16)));
+    static char pagealloc_no_thread[64 + (1024 + 1) * 16] __attribute__((aligned(16)));
     static __thread void *pagealloc_thread PAGEALLOC_TLS = pagealloc_no_thread;
     static inline void pagealloc_set_thread(void *thread) { pagealloc_thread = thread; }
     """

@@ -105,7 +105,7 @@ cdef void count_live_of_page(
     cdef int size_class = <int>block_class(&heap.blocks, chunk, address)
     cdef size_t i
     if size_class >= FIRST_RUN_CLASS:
-        n_live[size_class] += is_live(atomic_load_u16(&chunk.state_of_page[page]))
+        n_live[size_class] += is_live(atomic_load_u16(&chunk.pages[page].state))
     elif size_class:
         for i in range(heap.pages.page_bytes // heap.blocks.slots[size_class].nbytes):
             n_live[size_class] += is_live(atomic_load_u16(&states[i]))

@@ -22,7 +22,12 @@ cdef enum:
     N_KEY_HINTS = 256
     N_TAGS = 256
 
-cdef struct heap_t:
+cdef struct heap_t:             # page-aligned: cold fields first, as in thread_cache_t
+    mutex_t collect_mutex           # one collection at a time
+    mutex_t classes_mutex
+    mutex_t caches_mutex
+    heap_t *next                    # guarded by the registry's mutex
+    heap_t *previous
     # What alloc and free read; written once.
     int64_t generation              # no heap before or after has the same
     uint32_t id                     # its place in a thread's table; MAX_HEAPS: none
@@ -40,17 +45,12 @@ cdef struct heap_t:
     int64_t n_failed                # atomic
     int64_t n_collections           # atomic
     int64_t next_collection_ns      # atomic
-    mutex_t collect_mutex           # one collection at a time
-    mutex_t classes_mutex
     int64_t n_slot_classes          # written under classes_mutex; atomic
     int64_t n_run_classes           # the same
     int64_t n_collections_seen      # at the last vain search for a class to reuse
-    mutex_t caches_mutex
     thread_cache_t *caches          # of all threads
     thread_cache_t *cache_of_tag[N_TAGS]
     int64_t retired_allocs[MAX_SIZE_CLASSES]        # of threads that are gone; atomic
-    heap_t *next                    # guarded by the registry's mutex
-    heap_t *previous
 
 cdef void heap_init_classes(heap_t *heap) noexcept nogil
 cdef int heap_run_class(heap_t *heap, int64_t key) noexcept nogil

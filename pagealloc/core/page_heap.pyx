@@ -277,9 +277,9 @@ cdef void set_class(page_heap_t *pages, const run_t *run, uint16_t size_class) n
 
 
 cdef inline uint16_t *class_at(page_heap_t *pages, const char *address) noexcept nogil:
-    return &page_map_chunk(pages.map, address).class_of_page[
+    return &page_map_chunk(pages.map, address).pages[
         (<uintptr_t>address & (CHUNK_BYTES - 1)) // pages.page_bytes
-    ]
+    ].size_class
 
 
 cdef void commit(page_heap_t *pages, const run_t *run, bint *fresh) noexcept nogil:

@@ -21,15 +21,17 @@ cdef enum:
     LEAF_ENTRIES = 1 << LEAF_BITS
     ROOT_ENTRIES = 1 << ROOT_BITS
 
+cdef struct page_t:                 # side by side: a free reads both
+    uint16_t size_class             # of the run that starts here or the slab it is in; 0: neither
+    uint16_t state                  # of the run that starts here
+
 cdef struct chunk_t:                # 33 cache lines: an odd number spreads them over the cache
     void *owner                     # the heap; set last and cleared first; atomic
     void *arena
     uint16_t *state_of_slot         # of every 64 bytes, used as far as slabs have slots; atomic
     chunk_t *next                   # in a list of chunks that are in no place
     void *padding[4]
-    # The class of the run that starts at a page, or of the slab that covers it; 0: neither; atomic
-    uint16_t class_of_page[CHUNK_MAX_PAGES]
-    uint16_t state_of_page[CHUNK_MAX_PAGES]     # of the run that starts there; atomic
+    page_t pages[CHUNK_MAX_PAGES]   # atomic
 
 cdef struct block_t:                # as it travels between magazines and lists
     char *address

@@ -69,18 +69,20 @@ cdef struct outbox_t:
     uint8_t tags[OUTBOX_SLOTS]      # of the caches the blocks return to
     block_t blocks[OUTBOX_SLOTS]
 
-cdef struct thread_cache_t:
-    owner_lock_t lock
-    uint16_t tag                    # the state of its live blocks
-    uint32_t own_state              # the same, or 65536, which no state is, for STATE_SHARED
-    bint is_orphan                  # its thread is gone: a child has only the one that forked
-    uint32_t n_slow                 # times the owner was here for more than a pop or push
-    uint32_t random                 # state of the xorshift that spaces timed allocations
+cdef struct thread_cache_t:         # page-aligned
+    # What every allocation reads shares no cache sets with the first bytes of pages, which programs
+    # touch most: a page's first lines are for what is cold.
+    int64_t used[USED_WORDS]        # a bit a magazine that has ever had room; atomic
     thread_cache_t *next            # of the same heap; guarded by the heap's caches_mutex
     thread_cache_t *previous
     pthread_t thread
+    bint is_orphan                  # its thread is gone: a child has only the one that forked
+    uint32_t n_slow                 # times the owner was here for more than a pop or push
+    uint32_t random                 # state of the xorshift that spaces timed allocations
+    uint32_t own_state              # the state of its live blocks, or 65536, which no state is,
+    uint16_t tag                    # ... for STATE_SHARED; and the same without this exception
+    owner_lock_t lock
     magazine_age_t ages[MAX_SIZE_CLASSES]
-    int64_t used[USED_WORDS]        # a bit a magazine that has ever had room; atomic
     outbox_t outbox                 # other caches' blocks, freed by this thread
     inbox_t inbox                   # this cache's blocks, freed by others; guarded by its mutex
     magazine_t magazines[MAX_SIZE_CLASSES]
