@@ -21,7 +21,8 @@ def test_slots_lie_side_by_side_within_pages(allocator, nbytes):
     buffers = [records.alloc() for _ in range(4 * n_slots_per_page)]
     offsets = {buffer.address % PAGE_BYTES for buffer in buffers}
     assert offsets == {i * nbytes for i in range(n_slots_per_page)}
-    assert len({buffer.address // PAGE_BYTES for buffer in buffers}) == 4
+    # The last of them comes from a batch, of which the rest waits in the thread's magazine.
+    assert len({buffer.address // PAGE_BYTES for buffer in buffers}) <= 4 + -(-64 // n_slots_per_page)
     for i, buffer in enumerate(buffers):
         memoryview(buffer)[:] = bytes([i % 256]) * nbytes
     assert all(bytes(buffer) == bytes([i % 256]) * nbytes for i, buffer in enumerate(buffers))
