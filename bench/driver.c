@@ -80,6 +80,10 @@ static void answer(const char *work, long long a, long long b, long long c)
     random_state = 0x9E3779B97F4A7C15ull; /* the same choices in every round, for everyone */
     if (strcmp(work, "hot") == 0)
         print_result(measure_hot(nbytes, (size_t)b, c));
+    else if (strcmp(work, "hot_counted") == 0)
+        print_result(hot_pairs(nbytes, (size_t)b, 1000) || counted_pairs(nbytes, (size_t)b, (int)c)
+                         ? refused
+                         : (result){0, c, 0});
     else if (strcmp(work, "random") == 0)
         print_result(measure_random(nbytes, (size_t)b, c));
     else if (strcmp(work, "kv") == 0)

@@ -51,7 +51,7 @@ cdef struct magazine_t:
     block_t *top                    # one past the last block in it; NULL until it is first used
     block_t *limit                  # one past the last place; the same
     int64_t n_allocs                # served from it
-    int64_t next_timed              # n_allocs of the next allocation whose time is taken
+    int64_t next_timed              # n_allocs from which on the next one is timed; 0: never set
     block_t blocks[MAGAZINE_SLOTS]  # `top` and `n_allocs` are written by the owner, read by others
 
 cdef struct magazine_age_t:         # the collector's
@@ -138,7 +138,7 @@ cdef inline char *magazine_pop(thread_cache_t *cache, size_t size_class) noexcep
     if LIKELY(owner_enter(&cache.lock)):
         top = magazine.top
         n_allocs = magazine.n_allocs + 1
-        if LIKELY(top > magazine.blocks and n_allocs != magazine.next_timed):
+        if LIKELY(top > magazine.blocks and n_allocs < magazine.next_timed):
             top -= 1
             address = top.address
             atomic_store_u16(top.state, cache.tag)
