@@ -26,7 +26,7 @@ def summaries() -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0: all bars hold, 1: a bar is missed, 2: called the wrong way."""
     known = summaries()
-    listing = "\n".join(f"  {name:10} {summary}" for name, summary in known.items())
+    listing = "\n".join(f"  {name:12} {summary}" for name, summary in known.items())
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Measure pagealloc.",
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a shortened version (core)")
     parser.add_argument(
-        "--markdown", type=Path, metavar="PATH", help="write a page for the documentation (core)"
+        "--markdown", type=Path, metavar="PATH", help="write a page for the documentation (core, instructions)"
     )
     options = parser.parse_args(arguments)
     if options.name is None:
@@ -54,10 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--rounds {options.rounds}: at least 1 is possible")
     prefer_installed_package()
     run = importlib.import_module(f"bench.bench_{options.name}").run
-    can_be_quick = "quick" in inspect.signature(run).parameters
-    for option in ("quick", "markdown"):
-        if getattr(options, option) and not can_be_quick:
-            parser.error(f"{options.name} has no --{option}")
+    signature = inspect.signature(run, eval_str=True)
+    if options.quick and "quick" not in signature.parameters:
+        parser.error(f"{options.name} has no --quick")
+    if options.markdown and not hasattr(signature.return_annotation, "write_markdown"):
+        parser.error(f"{options.name} has no --markdown")
     report = run(options.rounds, quick=True) if options.quick else run(options.rounds)
     if options.markdown:
         report.write_markdown(options.markdown)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import statistics
 import sys
 from dataclasses import dataclass
@@ -18,18 +17,17 @@ from typing import TYPE_CHECKING, Any
 from bench import python_side, soak
 from bench.peers import PEERS, how_to_install, missing_peers
 from bench.report import machine
-from bench.rows import Row, compare, limit_row, markdown_table, table
+from bench.rows import Row, RowsReport, compare, limit_row
 from bench.workers import OURS, Drivers, compile_drivers, require_compiler, workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
-
     from bench.workers import Worker
 
-__all__ = ["CoreReport", "Line", "run"]
+__all__ = ["Line", "run"]
 
 KIB, MIB = 1 << 10, 1 << 20
+TITLE = "The core, measured"
 PEER_NAMES = tuple(peer.name for peer in PEERS)
 
 
@@ -200,53 +198,7 @@ def versions(drivers: Drivers) -> dict[str, str]:
     return {name: said.get(name, "missing").partition("-")[0] for name in PEER_NAMES}
 
 
-@dataclass(frozen=True)
-class CoreReport:
-    """What `run` found: rows, and what they depend on."""
-
-    rows: list[Row]
-    machine: dict[str, Any]
-    notes: list[str]
-
-    @property
-    def holds(self) -> bool:
-        """Whether every bar holds, of all that could be measured."""
-        return all(row.succeeds for row in self.rows)
-
-    def __str__(self) -> str:
-        facts = [f"  {name}: {value}" for name, value in self.machine.items()]
-        title = "allocating and freeing, against the best peer"
-        return "\n".join([title, *facts, "", table(self.rows, PEER_NAMES), *self.notes])
-
-    def write_json(self, path: Path) -> None:
-        """Write the rows, as a list of objects."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([row.as_json() for row in self.rows], indent=2) + "\n")
-
-    def write_markdown(self, path: Path) -> None:
-        """Write the page of the documentation."""
-        facts = [f"- {name}: {value}" for name, value in self.machine.items()]
-        lost = sum(row.holds is False for row in self.rows)
-        verdict = f"{lost} of {len(self.rows)} lines miss their bar." if lost else ""
-        text = "\n".join(
-            [
-                "# The core, measured",
-                "",
-                "Written by `python -m bench core --markdown`; {doc}`../benchmarks` says how.",
-                "",
-                *facts,
-                "",
-                markdown_table(self.rows, PEER_NAMES),
-                "",
-                *([verdict, ""] if verdict else []),
-                *self.notes,
-            ]
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.rstrip() + "\n")
-
-
-def run(rounds: int, *, quick: bool = False) -> CoreReport:
+def run(rounds: int, *, quick: bool = False) -> RowsReport:
     """Measure everything: minutes, or about one if `quick`."""
     require_compiler()
     effort = quick_effort(min(rounds, 15)) if quick else full_effort(rounds)
@@ -267,4 +219,5 @@ def run(rounds: int, *, quick: bool = False) -> CoreReport:
         rows += guarded("13", "soak", 1, lambda: soak.rows(effort.soak, drivers))
     order = {row.bar: number for number, row in reversed(list(enumerate(rows)))}
     order["2.flat"] = order["2"]
-    return CoreReport(sorted(rows, key=lambda row: order[row.bar]), facts, notes)
+    rows.sort(key=lambda row: order[row.bar])
+    return RowsReport("core", TITLE, rows, facts, PEER_NAMES, notes)

@@ -6,14 +6,25 @@ round everyone runs once, in turn.  The best peer is the one with the lowest med
 
 from __future__ import annotations
 
+import json
 import statistics
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
-__all__ = ["Row", "best_peer", "compare", "limit_row", "markdown_table", "median_ratio", "table"]
+__all__ = [
+    "Row",
+    "RowsReport",
+    "best_peer",
+    "compare",
+    "limit_row",
+    "markdown_table",
+    "median_ratio",
+    "table",
+]
 
 
 @dataclass(frozen=True)
@@ -171,3 +182,71 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     texts = [f"| {' | '.join(line)} |" for line in lines]
     notes = [f"- {row.bar}, {row.work}: {row.note}" for row in rows if row.note]
     return "\n".join([*texts, *(["", *notes] if notes else [])])
+
+
+# --- a whole result ---
+
+
+@dataclass(frozen=True)
+class RowsReport:
+    """What a benchmark found.
+
+    Parameters
+    ----------
+    name : str
+        The benchmark's.
+    title : str
+        Of the page.
+    rows : list of Row
+        What was measured.
+    machine : dict of str
+        What the figures depend on.
+    columns : sequence of str
+        The peers, in the order of the table.
+    notes : list of str
+        Printed below the table.
+    """
+
+    name: str
+    title: str
+    rows: list[Row]
+    machine: dict[str, Any]
+    columns: Sequence[str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every bar holds, of all that could be measured."""
+        return all(row.succeeds for row in self.rows)
+
+    def __str__(self) -> str:
+        facts = [f"  {name}: {value}" for name, value in self.machine.items()]
+        return "\n".join([self.title, *facts, "", table(self.rows, self.columns), *self.notes])
+
+    def write_json(self, path: Path) -> None:
+        """Write the rows, as a list of objects."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([row.as_json() for row in self.rows], indent=2) + "\n")
+
+    def write_markdown(self, path: Path) -> None:
+        """Write the page of the documentation."""
+        facts = [f"- {name}: {value}" for name, value in self.machine.items()]
+        lost = sum(row.holds is False for row in self.rows)
+        verdict = f"{lost} of {len(self.rows)} lines miss their bar." if lost else ""
+        text = "\n".join(
+            [
+                f"# {self.title}",
+                "",
+                f"Written by `python -m bench {self.name} --markdown`; "
+                "{doc}`../benchmarks` says how.",
+                "",
+                *facts,
+                "",
+                markdown_table(self.rows, self.columns),
+                "",
+                *([verdict, ""] if verdict else []),
+                *self.notes,
+            ]
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.rstrip() + "\n")

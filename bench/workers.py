@@ -120,13 +120,13 @@ class Worker:
         self.stdout: IO[str] = self.process.stdout
 
     @classmethod
-    def of_peer(cls, peer: Peer, drivers: Drivers) -> Self:
-        """Start a process that allocates from a peer."""
-        return cls(peer.name, [str(drivers.executable)], peer.environment())
+    def of_peer(cls, peer: Peer, drivers: Drivers, under: tuple[str, ...] = ()) -> Self:
+        """Start a process that allocates from a peer; `under`: a command that runs it."""
+        return cls(peer.name, [*under, str(drivers.executable)], peer.environment())
 
     @classmethod
-    def of_ours(cls, drivers: Drivers) -> Self:
-        """Start a process that allocates from the pagealloc imported here."""
+    def of_ours(cls, drivers: Drivers, under: tuple[str, ...] = ()) -> Self:
+        """Start a process that allocates from the pagealloc imported here; `under`: as above."""
         import pagealloc
 
         if drivers.library is None:
@@ -139,7 +139,7 @@ class Worker:
         paths = [parent_of_package, os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [sys.executable, str(BENCH / "worker.py"), str(drivers.library)]
-        return cls(OURS, command, environment)
+        return cls(OURS, [*under, *command], environment)
 
     def ask(self, work: str, *numbers: int) -> dict[str, Any]:
         """Have one work done.

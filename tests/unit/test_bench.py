@@ -3,7 +3,9 @@
 import json
 import mmap
 import os
+import platform
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +32,7 @@ def bench(*arguments, cwd=ROOT):
 def test_it_lists_the_benchmarks():
     result = bench()
     assert result.returncode == 0
-    assert "fork       fork() of a 1,000-token sequence" in result.stdout
+    assert "fork         fork() of a 1,000-token sequence" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -80,3 +82,18 @@ def test_a_report(tmp_path):
     assert [bar["limit"] for bar in report["bars"]] == [10, 10, 64]
     assert report["bars"][2]["holds"]
     assert result.returncode == (0 if all(bar["holds"] for bar in report["bars"]) else 1)
+
+
+@pytest.mark.timing
+@pytest.mark.skipif(not shutil.which("valgrind"), reason="valgrind, which counts, is not installed")
+@pytest.mark.skipif(not shutil.which("gcc"), reason="gcc, which compiles the loop, is not installed")
+def test_alloc_and_free_take_the_same_few_instructions_for_every_size(tmp_path):
+    path = tmp_path / "instructions.json"
+    result = bench("instructions", "--rounds", "5", "--json", str(path))
+    assert result.returncode in (0, 1), result.stderr  # a peer that is missing proves no bar
+    *sizes, flat = json.loads(path.read_text())
+    assert flat["holds"], result.stdout
+    for size in sizes:
+        assert size["ours"] < size["peers"]["glibc"] / 2, result.stdout
+        if platform.machine() == "x86_64":
+            assert 50 < size["ours"] < 160, result.stdout

@@ -99,7 +99,9 @@ def test_a_row_that_could_not_be_measured_says_why():
 
 
 def test_the_report_is_written(tmp_path):
-    report = bench_core.CoreReport(ROWS, {"cpu": "one"}, ["missing: mimalloc"])
+    report = rows.RowsReport(
+        "core", "Measured", ROWS, {"cpu": "one"}, bench_core.PEER_NAMES, ["missing: mimalloc"]
+    )
     assert not report.holds
     report.write_json(tmp_path / "new" / "core.json")
     found = json.loads((tmp_path / "new" / "core.json").read_text())
@@ -109,6 +111,7 @@ def test_the_report_is_written(tmp_path):
     assert found[0]["peers"] == {"glibc": 76.0, "mimalloc": None}
     report.write_markdown(tmp_path / "core.md")
     page = (tmp_path / "core.md").read_text()
+    assert page.startswith("# Measured\n\nWritten by `python -m bench core --markdown`")
     assert "| 1 | hot 4 KiB | 14 ns | 76 |  | missing |  |" in page
     assert "- cpu: one" in page
     assert "1 of 3 lines miss their bar." in page
