@@ -23,8 +23,6 @@ Buffer, Batch
     ``alloc_many()`` make them.
 Pool
     Idle Buffers or objects kept for reuse, as in Go's ``sync.Pool``.
-Pool
-    Keeps idle Buffers, or other objects, for reuse.
 extent store, window
     One memfd with reference-counted pages; a contiguous address range mapped over it.
 layout, row, KV block, sequence

@@ -60,7 +60,7 @@ class AllocatorStats:
     held_bytes : int
         Physical memory behind all arenas, counted by mincore.  A page that was read and never
         written counts too, though the kernel backs all of these with one page of zeros.  The
-        tables of the allocator itself, below 1 % of what they describe, are not in it.
+        tables of the allocator itself, at most 4 % of what they describe, are not in it.
     live_bytes : int
         What is handed out, in whole slots and pages.
     idle_bytes : int

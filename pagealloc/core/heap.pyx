@@ -491,7 +491,7 @@ cdef bint take_back(
         return True
     if live == cache.own_state:
         return thread_cache_free(cache, &heap.centrals[size_class], block)
-    outcome = thread_cache_return(cache, block, live)
+    outcome = thread_cache_return(cache, &heap.centrals[size_class], block, live)
     if outcome == OUTBOX_FULL:
         heap_deliver(heap, cache)
     return outcome != OUTBOX_REFUSED

@@ -11,6 +11,8 @@ cdef bint heap_retire_cache(heap_t *heap, thread_cache_t *cache, bint for_good) 
 cdef void heap_drop_caches(heap_t *heap) noexcept nogil
 cdef void heap_deliver(heap_t *heap, thread_cache_t *cache) noexcept nogil
 cdef void heap_return_block(heap_t *heap, block_t block, uint16_t tag) noexcept nogil
+cdef void heap_hold(heap_t *heap) noexcept nogil
+cdef void heap_let_go(heap_t *heap) noexcept nogil
 cdef void heap_count_idle(heap_t *heap, int64_t *n_idle) noexcept nogil
 cdef int64_t heap_idle_bytes(heap_t *heap) noexcept nogil
 cdef void heap_reclaim(heap_t *heap) noexcept nogil

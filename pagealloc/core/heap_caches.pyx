@@ -168,16 +168,27 @@ cdef void heap_return_block(heap_t *heap, block_t block, uint16_t tag) noexcept 
 # ---------------------------------------------------------------------------------------------
 # What is idle, and how it goes back
 
-cdef void heap_count_idle(heap_t *heap, int64_t *n_idle) noexcept nogil:
-    """Add the free blocks in caches and central lists to the counts of their classes."""
-    cdef thread_cache_t *cache
-    cdef int i
+cdef void heap_hold(heap_t *heap) noexcept nogil:
+    """Keep collections, deliveries and ends of threads from moving blocks until heap_let_go."""
+    mutex_lock(&heap.collect_mutex)
     mutex_lock(&heap.caches_mutex)
-    cache = heap.caches
+
+
+cdef void heap_let_go(heap_t *heap) noexcept nogil:
+    mutex_unlock(&heap.caches_mutex)
+    mutex_unlock(&heap.collect_mutex)
+
+
+cdef void heap_count_idle(heap_t *heap, int64_t *n_idle) noexcept nogil:
+    """Add the free blocks in caches and central lists to the counts of their classes.
+
+    The caller holds caches_mutex.
+    """
+    cdef thread_cache_t *cache = heap.caches
+    cdef int i
     while cache != NULL:
         thread_cache_count_idle(cache, &heap.blocks, n_idle)
         cache = cache.next
-    mutex_unlock(&heap.caches_mutex)
     i = next_class(heap, 0)
     while i < MAX_SIZE_CLASSES:
         mutex_lock(&heap.centrals[i].mutex)
@@ -192,7 +203,9 @@ cdef int64_t heap_idle_bytes(heap_t *heap) noexcept nogil:
     cdef int64_t idle_bytes = 0
     cdef int i
     memset(n_idle, 0, sizeof(n_idle))
+    mutex_lock(&heap.caches_mutex)
     heap_count_idle(heap, n_idle)
+    mutex_unlock(&heap.caches_mutex)
     i = next_class(heap, 0)
     while i < MAX_SIZE_CLASSES:
         mutex_lock(&heap.centrals[i].mutex)     # a class may be becoming that of another size

@@ -7,8 +7,9 @@ Structure
 Invariants
     those that heap_check() verifies
 Locking
-    Each number is read under the lock that guards it, one after another: together they are exact
-    only while no other thread uses the heap.
+    Each number is read under the lock that guards it, one after another, while the heap is held:
+    together they are exact unless another thread allocates or frees meanwhile.  A thread that ends
+    does neither, nor does a collection.
 Units
     Blocks; bytes where named.
 """
@@ -20,7 +21,7 @@ from pagealloc.core.arena cimport arena_t
 from pagealloc.core.atomics cimport atomic_load_i64, atomic_load_u16
 from pagealloc.core.block_map cimport FIRST_RUN_CLASS, block_chunk, block_class, is_live
 from pagealloc.core.central cimport central_check, central_t
-from pagealloc.core.heap_caches cimport heap_count_idle
+from pagealloc.core.heap_caches cimport heap_count_idle, heap_hold, heap_let_go
 from pagealloc.core.heap_state cimport MAX_SIZE_CLASSES, heap_t, next_class
 from pagealloc.core.mutex cimport mutex_lock, mutex_unlock
 from pagealloc.core.page_heap cimport page_heap_check
@@ -31,6 +32,12 @@ from pagealloc.core.thread_cache cimport thread_cache_n_conflicts, thread_cache_
 
 cdef void heap_count_classes(heap_t *heap, class_counts_t *counts) noexcept nogil:
     """Fill in the counts of every class in use, by its number."""
+    heap_hold(heap)
+    count_classes(heap, counts)
+    heap_let_go(heap)
+
+
+cdef void count_classes(heap_t *heap, class_counts_t *counts) noexcept nogil:
     cdef int64_t n_idle[MAX_SIZE_CLASSES]
     cdef central_t *central
     cdef int i
@@ -54,13 +61,10 @@ cdef void heap_count_classes(heap_t *heap, class_counts_t *counts) noexcept nogi
 
 cdef int64_t n_allocs_of(heap_t *heap, int size_class) noexcept nogil:
     cdef int64_t n_allocs = atomic_load_i64(&heap.retired_allocs[size_class])
-    cdef thread_cache_t *cache
-    mutex_lock(&heap.caches_mutex)
-    cache = heap.caches
+    cdef thread_cache_t *cache = heap.caches
     while cache != NULL:
         n_allocs += atomic_load_i64(&cache.magazines[size_class].n_allocs)
         cache = cache.next
-    mutex_unlock(&heap.caches_mutex)
     return n_allocs
 
 
@@ -70,7 +74,8 @@ cdef heap_counts_t heap_counts(heap_t *heap) noexcept nogil:
     cdef int64_t idle_run_bytes = 0, slab_bytes = 0, live_slot_bytes = 0
     cdef int i
     memset(&counts, 0, sizeof(counts))
-    heap_count_classes(heap, of_class)
+    heap_hold(heap)
+    count_classes(heap, of_class)
     i = next_class(heap, 0)
     while i < MAX_SIZE_CLASSES:
         counts.n_live += of_class[i].n_live
@@ -88,6 +93,7 @@ cdef heap_counts_t heap_counts(heap_t *heap) noexcept nogil:
     counts.committed_bytes = heap.pages.committed_bytes
     counts.live_bytes = heap.pages.used_pages * <int64_t>heap.pages.page_bytes
     mutex_unlock(&heap.pages.mutex)
+    heap_let_go(heap)
     counts.live_bytes += live_slot_bytes - slab_bytes - idle_run_bytes
     counts.n_frees = counts.n_allocs - counts.n_live
     counts.n_failed = atomic_load_i64(&heap.n_failed)
@@ -120,7 +126,8 @@ cdef const char *heap_check(heap_t *heap) noexcept nogil:
     cdef class_counts_t counts[MAX_SIZE_CLASSES]
     cdef int i
     memset(n_live, 0, sizeof(n_live))
-    heap_count_classes(heap, counts)
+    heap_hold(heap)
+    count_classes(heap, counts)
     mutex_lock(&heap.pages.mutex)
     arena = heap.pages.arenas
     while arena != NULL:
@@ -130,6 +137,7 @@ cdef const char *heap_check(heap_t *heap) noexcept nogil:
             offset += heap.pages.page_bytes
         arena = arena.next
     mutex_unlock(&heap.pages.mutex)
+    heap_let_go(heap)
     i = next_class(heap, 0)
     while i < MAX_SIZE_CLASSES and broken == NULL:
         broken = central_check(&heap.centrals[i])

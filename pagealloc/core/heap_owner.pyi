@@ -14,7 +14,7 @@ class Heap:
         backing: str = "auto",
         arena_bytes: int | str = "64MiB",
         budget_bytes: int | str | None = None,
-        time_every: int = 1024,
+        time_every: int = 2048,
     ) -> None: ...
     @property
     def closed(self) -> bool: ...

@@ -110,7 +110,7 @@ cdef class Heap:
     """Owner of one heap; the base of `pagealloc.PageAllocator`, which adds the ways to allocate."""
 
     def __init__(
-        self, *, backing="auto", arena_bytes="64MiB", budget_bytes=None, time_every=1024
+        self, *, backing="auto", arena_bytes="64MiB", budget_bytes=None, time_every=2048
     ):
         cdef size_t arena_nbytes
         cdef int64_t budget_nbytes = -1, timed

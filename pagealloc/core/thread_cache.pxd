@@ -39,7 +39,7 @@ cdef enum:
     UNCACHED_RUN = MAX_SIZE_CLASSES - 1     # runs of all sizes that found no class of their own
     MAGAZINE_SLOTS = 62             # 1 KiB with the header
     MAGAZINE_MAX_BYTES = 64 << 20   # a magazine holds no more than that
-    OUTBOX_SLOTS = 64
+    OUTBOX_SLOTS = MAGAZINE_SLOTS   # and no more blocks than a magazine of their class could hold
     INBOX_SLOTS = 1024
 
 cdef enum:                          # what becomes of a block for the outbox
@@ -102,7 +102,9 @@ cdef bint thread_cache_free(
     thread_cache_t *cache, central_t *central, block_t block
 ) noexcept nogil
 cdef void thread_cache_put(thread_cache_t *cache, central_t *central, block_t block) noexcept nogil
-cdef int thread_cache_return(thread_cache_t *cache, block_t block, uint16_t tag) noexcept nogil
+cdef int thread_cache_return(
+    thread_cache_t *cache, central_t *central, block_t block, uint16_t tag
+) noexcept nogil
 
 # By anybody.
 cdef int64_t thread_cache_take_outbox(thread_cache_t *cache, outbox_t *outbox) noexcept nogil
@@ -171,7 +173,10 @@ cdef inline bint magazine_push(
             top.state = state
             atomic_store_ptr(<void **>&magazine.top, top + 1)
             done = True
-        elif has_owner(live) and live != cache.own_state and cache.outbox.n < OUTBOX_SLOTS - 1:
+        elif (
+            has_owner(live) and live != cache.own_state
+            and magazine.blocks + cache.outbox.n + 1 < magazine.limit
+        ):
             outbox_add(cache, address, state, <uint8_t>live)
             done = True
     owner_leave(&cache.lock)

@@ -298,16 +298,24 @@ cdef void thread_cache_put(thread_cache_t *cache, central_t *central, block_t bl
     owner_leave_surely(&cache.lock, by_flag)
 
 
-cdef int thread_cache_return(thread_cache_t *cache, block_t block, uint16_t tag) noexcept nogil:
+cdef int thread_cache_return(
+    thread_cache_t *cache, central_t *central, block_t block, uint16_t tag
+) noexcept nogil:
     """Free another cache's block into the outbox.
 
     OUTBOX_REFUSED if it is not live with that tag any more; OUTBOX_FULL if it wants delivery now.
     """
+    cdef magazine_t *magazine = &cache.magazines[central.size_class]
     cdef int outcome = OUTBOX_REFUSED
     cdef bint by_flag = owner_enter_surely(&cache.lock)
+    if magazine.limit == NULL:
+        open_magazine(cache, magazine, central)
     if atomic_load_u16(block.state) == tag:
         outbox_add(cache, block.address, block.state, <uint8_t>tag)
-        outcome = OUTBOX_FULL if cache.outbox.n == OUTBOX_SLOTS else OUTBOX_TAKEN
+        # Boxes are bounded in bytes as magazines are: large blocks are wanted back soon.
+        outcome = (
+            OUTBOX_FULL if magazine.blocks + cache.outbox.n >= magazine.limit else OUTBOX_TAKEN
+        )
     owner_leave_surely(&cache.lock, by_flag)
     return outcome
 

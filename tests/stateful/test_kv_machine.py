@@ -246,7 +246,7 @@ class KVMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("order", ["interleaved", "split", "block"])
 def test_sequences_against_the_model(order):
     machine = type(f"{order.title()}Machine", (KVMachine,), {"order": order})
-    run_state_machine_as_test(machine, settings=settings(max_examples=170, stateful_step_count=20))
+    run_state_machine_as_test(machine, settings=settings(max_examples=110, stateful_step_count=20))
 
 
 def test_the_layouts_under_test_share_pages_between_rows():

@@ -6,9 +6,11 @@ import itertools
 import mmap
 import os
 import pickle
+import queue
 import random
 import resource
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -504,9 +506,46 @@ def test_blocks_freed_by_another_thread_come_back():
             thread = threading.Thread(target=blocks.clear)
             thread.start()
             thread.join()
+            # Python's thread has ended; the system's delivers what it freed, a moment later.
+            while Path(f"/proc/self/task/{thread.native_id}").exists():
+                time.sleep(0)
             allocator.check()
             assert allocator.stats().n_live == 0
         assert allocator.stats().reserved_bytes == 64 << 20
+
+
+def test_a_living_thread_does_not_keep_large_blocks_that_it_freed():
+    """64 MiB at most lie in its outbox, whether that is full or not."""
+    work, done = queue.Queue(), queue.Queue()
+
+    def free_all():
+        while (blocks := work.get()) is not None:
+            blocks.clear()
+            done.put(None)
+
+    thread = threading.Thread(target=free_all)
+    thread.start()
+    with PageAllocator(backing="base", arena_bytes="1GiB") as allocator:
+        for _ in range(10):
+            work.put([allocator.alloc("16MiB") for _ in range(16)])
+            done.get()
+        stats = allocator.stats()
+        assert stats.n_live == 0
+        assert stats.committed_bytes <= (16 + 4) * (16 << 20)
+        work.put(None)
+        thread.join()
+
+
+def test_stats_are_exact_while_threads_end():
+    """A block on its way from a thread that ends to the central list is counted once."""
+    with PageAllocator(backing="base") as allocator:
+        for _ in range(300):
+            thread = threading.Thread(target=lambda: allocator.alloc_many(4096, 40).close())
+            thread.start()
+            thread.join()
+            stats = allocator.stats()
+            assert (stats.n_live, stats.live_bytes) == (0, 0)
+            assert stats.n_allocs == stats.n_frees
 
 
 def test_only_the_oldest_generation_collects():
