@@ -30,6 +30,7 @@ this by reading the table below)::
     11  heap_caches    the caches of all threads; what is idle, and how it goes back
     12  heap_counts    what a heap holds, counted; whether that adds up
     11  heap_latency   which allocations are timed, and into which histogram they go
+    12  heap_slow       what alloc and free do when the magazine does not do
     12  heap_life      making and unmaking heaps; all of the process; fork
     13  heap           the way of one allocation, and of one free
     14  heap_owner     Heap: the Python owner of a heap: settings, errors, stats

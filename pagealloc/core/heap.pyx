@@ -4,9 +4,9 @@ Purpose
     Hand out a block, and take one back, in one straight line of instructions.
 Structure
     alloc(n) -> class: a shift, a load -> this thread's magazine: pop -> mark it as its own
-             -> empty: heap_alloc_slow -> inbox, central list -> slab or page run -> the kernel
+             -> empty: heap_alloc_slow -> heap_slow
     free(p)  -> page map -> chunk -> class; its own, and live -> this thread's magazine: push
-             -> else heap_free_slow: full -> central list; another thread's -> outbox
+             -> another thread's: outbox; full, nobody's: heap_free_slow -> heap_slow
 Invariants
     those of block_map about states; a block in a caller's hands is live
     the fast path touches the page map's tables, the magazine and the heap's head, and nothing else
@@ -16,74 +16,31 @@ Units
     Bytes; pages where named.
 """
 
-from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint16_t, uint32_t
 
-from pagealloc.core.arena cimport ERROR_BUDGET, ERROR_GROWTH, ERROR_RETRY
-from pagealloc.core.atomics cimport (
-    atomic_add_i64,
-    atomic_load_i64,
-    atomic_load_ptr,
-    atomic_load_u16,
-    atomic_store_u16,
-    atomic_swap_u16,
-)
-from pagealloc.core.block_map cimport (
-    FIRST_RUN_CLASS,
-    LIKELY,
-    STATE_FREE,
-    STATE_SHARED,
-    block_chunk,
-    block_class,
-    block_map_knows_near,
-    block_state,
-    is_live,
-    known_block_state,
-    mark_returning,
-)
-from pagealloc.core.central cimport central_give_back, central_put, central_take, run_key
-from pagealloc.core.heap_caches cimport (
-    heap_add_cache,
-    heap_collect_if_due,
-    heap_deliver,
-    heap_idle_bytes,
-    heap_reclaim,
-    heap_return_block,
-)
+from pagealloc.core.atomics cimport atomic_load_i64, atomic_load_ptr, atomic_load_u16
+from pagealloc.core.block_map cimport LIKELY, block_chunk, block_class, block_state, is_live
+from pagealloc.core.heap_caches cimport heap_add_cache
 from pagealloc.core.heap_latency cimport heap_latency_group
 from pagealloc.core.heap_life cimport heap_end_thread
+from pagealloc.core.heap_slow cimport heap_note_slow, heap_supply, heap_take_back
 from pagealloc.core.heap_state cimport (
     MAX_HEAPS,
-    heap_come_near,
-    heap_key_hint,
-    heap_run_class,
+    heap_block_bytes,
+    heap_class_of,
+    heap_class_of_unusual,
     heap_t,
 )
 from pagealloc.core.latency cimport latency_now_ns, latency_record
 from pagealloc.core.os_memory cimport os_abandon, os_numa_node, os_page_bytes, os_reserve
-from pagealloc.core.page_heap cimport (
-    FREED,
-    NOT_LIVE,
-    NOT_OURS,
-    page_heap_alloc,
-    page_heap_has_own_arena,
-    page_heap_run_bytes,
-)
+from pagealloc.core.page_heap cimport FREED, NOT_LIVE, NOT_OURS
 from pagealloc.core.page_map cimport block_t, chunk_t
-from pagealloc.core.page_run cimport run_t
-from pagealloc.core.size_class cimport NO_CLASS, SLOT_UNIT_BYTES, size_class_aligned, size_class_of
+from pagealloc.core.size_class cimport SLOT_UNIT_BYTES
 from pagealloc.core.thread_cache cimport (
-    OUTBOX_FULL,
-    OUTBOX_REFUSED,
-    UNCACHED_RUN,
     magazine_pop,
     magazine_push,
-    thread_cache_free,
     thread_cache_is_timed,
     thread_cache_new,
-    thread_cache_put,
-    thread_cache_refill,
-    thread_cache_return,
     thread_cache_t,
 )
 
@@ -91,15 +48,6 @@ cdef extern from "poison.h" nogil:
     void poison "pagealloc_poison"(void *address, size_t nbytes)
     void unpoison "pagealloc_unpoison"(void *address, size_t nbytes)
     const bint HAS_POISON "PAGEALLOC_HAS_POISON"
-
-cdef extern from * nogil:
-    """
-    static inline void pagealloc_pw(const void *p) { __asm__ volatile("prefetchw %0" :: "m"(*(const char*)p)); }
-    """
-    void prefetch "pagealloc_pw"(const void *address)
-
-cdef enum:
-    SLOW_PER_LOOK = 16      # slow paths between two looks at the clock
 
 cdef struct cache_entry_t:
     int64_t generation      # of the heap the cache is for; 0: none
@@ -153,22 +101,8 @@ cdef inline thread_cache_t *cache_of(const heap_t *heap) noexcept nogil:
     return entry.cache if entry.generation == heap.generation else NULL
 
 
-cdef size_t block_bytes(heap_t *heap, const char *address, size_t size_class) noexcept nogil:
-    if size_class == UNCACHED_RUN:
-        return page_heap_run_bytes(&heap.pages, address)
-    return heap.centrals[size_class].block_bytes
-
-
 # ---------------------------------------------------------------------------------------------
 # alloc
-
-cdef inline size_t class_of_usual(heap_t *heap, size_t nbytes) noexcept nogil:
-    if nbytes <= heap.classes.largest_bytes:
-        return size_class_of(&heap.classes, nbytes)
-    return atomic_load_u16(
-        &heap.class_of_pages[(nbytes + heap.blocks.page_mask) >> heap.blocks.page_shift]
-    )
-
 
 cdef inline char *pop(heap_t *heap, size_t size_class) noexcept nogil:
     """A block from this thread's magazine; NULL if that takes more than a few nanoseconds."""
@@ -178,18 +112,18 @@ cdef inline char *pop(heap_t *heap, size_t size_class) noexcept nogil:
         return NULL
     address = magazine_pop(entry.cache, size_class)
     if HAS_POISON and address != NULL:
-        unpoison(address, block_bytes(heap, address, size_class))
+        unpoison(address, heap_block_bytes(heap, address, size_class))
     return address
 
 
 cdef inline char *alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
     if LIKELY(align_bytes <= SLOT_UNIT_BYTES and nbytes <= heap.largest_table_bytes):
-        return pop(heap, class_of_usual(heap, nbytes))
+        return pop(heap, heap_class_of(heap, nbytes))
     return pop_unusual(heap, nbytes, align_bytes)
 
 
 cdef char *pop_unusual(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
-    return pop(heap, class_of_unusual(heap, nbytes, align_bytes))
+    return pop(heap, heap_class_of_unusual(heap, nbytes, align_bytes))
 
 
 cdef char *heap_alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
@@ -214,35 +148,6 @@ cdef char *heap_alloc(
     return heap_alloc_slow(heap, nbytes, align_bytes, 0, fresh, error)
 
 
-cdef inline int64_t key_of(const heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
-    """The key of the runs that serve a request."""
-    return run_key(
-        <int64_t>(
-            (nbytes >> heap.blocks.page_shift) + ((nbytes & heap.blocks.page_mask) != 0)
-        ),
-        align_bytes if align_bytes > heap.blocks.page_mask else heap.blocks.page_mask + 1
-    )
-
-
-cdef size_t class_of_unusual(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
-    """The class of any request, also aligned to more than usual or too large for the table.
-
-    0: not known yet.
-    """
-    cdef int64_t key
-    cdef size_t size_class
-    if align_bytes <= heap.blocks.page_mask + 1 and nbytes <= heap.largest_table_bytes:
-        size_class = size_class_aligned(
-            &heap.classes, nbytes, align_bytes if align_bytes > 0 else 1
-        )
-        return size_class if size_class != NO_CLASS else class_of_usual(
-            heap, nbytes if nbytes > heap.blocks.page_mask else heap.blocks.page_mask + 1
-        )
-    key = key_of(heap, nbytes, align_bytes)
-    size_class = atomic_load_u16(&heap.key_hints[heap_key_hint(key)])
-    return size_class if atomic_load_i64(&heap.centrals[size_class].key) == key else 0
-
-
 cdef char *heap_alloc_class(heap_t *heap, size_t size_class) noexcept nogil:
     """A block of a class of slots; NULL where it takes heap_alloc_slow, with that class."""
     return pop(heap, size_class)
@@ -260,16 +165,18 @@ cdef char *heap_alloc_slow(
     cdef int64_t start_ns
     cdef char *address
     if size_class == 0:
-        size_class = class_of_unusual(heap, nbytes, align_bytes)
+        size_class = heap_class_of_unusual(heap, nbytes, align_bytes)
+    if cache == NULL:
+        cache = new_cache(heap)
     if cache == NULL or not thread_cache_is_timed(
         cache, size_class, atomic_load_i64(&heap.time_every)
     ):
-        return alloc_untimed(heap, cache, size_class, nbytes, align_bytes, slot_class, fresh, error)
+        return heap_supply(heap, cache, size_class, nbytes, align_bytes, slot_class, fresh, error)
     start_ns = latency_now_ns()
     fresh[0] = False
     address = pop(heap, size_class)
     if address == NULL:
-        address = alloc_untimed(
+        address = heap_supply(
             heap, cache, size_class, nbytes, align_bytes, slot_class, fresh, error
         )
     latency_record(
@@ -277,136 +184,6 @@ cdef char *heap_alloc_slow(
         latency_now_ns() - start_ns
     )
     return address
-
-
-cdef void note_slow(heap_t *heap, thread_cache_t *cache) noexcept nogil:
-    """Every so often, look at the clock: a collection may be due."""
-    if cache != NULL:
-        cache.n_slow += 1
-    if cache == NULL or cache.n_slow % SLOW_PER_LOOK == 0:
-        heap_collect_if_due(heap)
-
-
-cdef char *refill(
-    heap_t *heap, thread_cache_t *cache, size_t size_class, int64_t key, bint may_grow, bint *fresh,
-    int *error
-) noexcept nogil:
-    """A block of a class by way of this thread's cache."""
-    cdef block_t block
-    if not thread_cache_refill(
-        cache, heap.centrals, &heap.blocks, size_class, key, may_grow, &block, fresh, error
-    ):
-        return NULL
-    if HAS_POISON:
-        unpoison(block.address, block_bytes(heap, block.address, size_class))
-    return block.address
-
-
-cdef char *alloc_untimed(
-    heap_t *heap, thread_cache_t *cache, size_t size_class, size_t nbytes, size_t align_bytes,
-    size_t slot_class, bint *fresh, int *error
-) noexcept nogil:
-    """From the inbox, the central list, the page heap, or the kernel.
-
-    More is taken from the kernel only when less than that lies idle; and before a request is
-    refused, all that is idle has been given up.
-    """
-    cdef int64_t key
-    cdef char *address = NULL
-    note_slow(heap, cache)
-    error[0] = ERROR_RETRY
-    if cache != NULL and size_class:
-        key = 0 if size_class < FIRST_RUN_CLASS else key_of(heap, nbytes, align_bytes)
-        address = refill(heap, cache, size_class, key, False, fresh, error)
-    if address == NULL and error[0] == ERROR_RETRY:
-        address = take(heap, nbytes, align_bytes, slot_class, False, fresh, error)
-    if address == NULL and error[0] == ERROR_GROWTH:
-        key = key_of(heap, nbytes, align_bytes)
-        if heap_idle_bytes(heap) >= <int64_t>(
-            nbytes if page_heap_has_own_arena(&heap.pages, key >> 6, <size_t>1 << (key & 63))
-            else heap.pages.arena_bytes
-        ):
-            heap_reclaim(heap)
-        address = take(heap, nbytes, align_bytes, slot_class, True, fresh, error)
-    if address == NULL and (error[0] == ERROR_BUDGET or error[0] == ENOMEM):
-        heap_reclaim(heap)
-        address = take(heap, nbytes, align_bytes, slot_class, True, fresh, error)
-    if address == NULL and error[0] == ERROR_BUDGET:
-        # A run serves a small request as well, at the price of a page; a slab may cost sixteen.
-        address = take_run(heap, key_of(heap, nbytes, align_bytes), True, fresh, error)
-    if address == NULL:
-        atomic_add_i64(&heap.n_failed, 1)
-    elif not block_map_knows_near(&heap.blocks):
-        heap_come_near(heap, address)
-    return address
-
-
-cdef char *take(
-    heap_t *heap, size_t nbytes, size_t align_bytes, size_t slot_class, bint may_grow,
-    bint *fresh, int *error
-) noexcept nogil:
-    if slot_class == 0 and align_bytes <= heap.blocks.page_mask:
-        slot_class = size_class_aligned(
-            &heap.classes, nbytes, align_bytes if align_bytes > 0 else 1
-        )
-    if slot_class == NO_CLASS:
-        return take_run(heap, key_of(heap, nbytes, align_bytes), may_grow, fresh, error)
-    return take_block(heap, slot_class, 0, may_grow, fresh, error)
-
-
-cdef char *take_run(
-    heap_t *heap, int64_t key, bint may_grow, bint *fresh, int *error
-) noexcept nogil:
-    cdef size_t size_class
-    cdef char *address = NULL
-    error[0] = ERROR_RETRY
-    while address == NULL and error[0] == ERROR_RETRY:
-        size_class = heap_run_class(heap, key)
-        if size_class == UNCACHED_RUN:
-            return take_uncached(heap, key, may_grow, fresh, error)
-        address = take_block(heap, size_class, key, may_grow, fresh, error)
-    return address
-
-
-cdef char *take_block(
-    heap_t *heap, size_t size_class, int64_t key, bint may_grow, bint *fresh, int *error
-) noexcept nogil:
-    """A block of a class, through this thread's cache if it can have one."""
-    cdef thread_cache_t *cache = cache_of(heap)
-    cdef block_t block
-    if cache == NULL:
-        cache = new_cache(heap)
-    if cache != NULL:
-        return refill(heap, cache, size_class, key, may_grow, fresh, error)
-    if not central_take(&heap.centrals[size_class], key, &block, 1, may_grow, fresh, error):
-        return NULL
-    atomic_add_i64(&heap.retired_allocs[size_class], 1)
-    return hand_out(heap, block, size_class)
-
-
-cdef char *hand_out(heap_t *heap, block_t block, size_t size_class) noexcept nogil:
-    """Mark a free block that nobody else has as live, and nobody's in particular."""
-    if HAS_POISON:
-        unpoison(block.address, block_bytes(heap, block.address, size_class))
-    atomic_store_u16(block.state, STATE_SHARED)
-    return block.address
-
-
-cdef char *take_uncached(
-    heap_t *heap, int64_t key, bint may_grow, bint *fresh, int *error
-) noexcept nogil:
-    """A run straight from the page heap, for a size that found no class."""
-    cdef run_t *run = page_heap_alloc(
-        &heap.pages, key >> 6, <size_t>1 << (key & 63), UNCACHED_RUN, NULL, may_grow, fresh, error
-    )
-    cdef block_t block
-    if run == NULL:
-        return NULL
-    atomic_add_i64(&heap.centrals[UNCACHED_RUN].n_out, 1)
-    atomic_add_i64(&heap.retired_allocs[UNCACHED_RUN], 1)
-    block.address = run.address
-    block.state = known_block_state(&heap.blocks, run.address, UNCACHED_RUN)
-    return hand_out(heap, block, UNCACHED_RUN)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -427,7 +204,7 @@ cdef inline bint free_fast(heap_t *heap, char *address) noexcept nogil:
     if not LIKELY(state != NULL):
         return False
     if HAS_POISON and is_live(atomic_load_u16(state)):
-        poison(address, block_bytes(heap, address, size_class))
+        poison(address, heap_block_bytes(heap, address, size_class))
     return magazine_push(entry.cache, size_class, state, address)
 
 
@@ -461,40 +238,13 @@ cdef int heap_free_slow(heap_t *heap, char *address) noexcept nogil:
         cache = new_cache(heap)
     live = atomic_load_u16(block.state)
     if HAS_POISON and is_live(live):
-        poison(address, block_bytes(heap, address, size_class))
+        poison(address, heap_block_bytes(heap, address, size_class))
     while is_live(live):
-        if take_back(heap, cache, block, size_class, live):
-            note_slow(heap, cache)
+        if heap_take_back(heap, cache, block, size_class, live):
+            heap_note_slow(heap, cache)
             return FREED
         live = atomic_load_u16(block.state)     # another thread was faster
     return NOT_LIVE
-
-
-cdef bint take_back(
-    heap_t *heap, thread_cache_t *cache, block_t block, size_t size_class, uint16_t live
-) noexcept nogil:
-    """Free a block whose state is `live`; False if it is that no longer.  `cache` may be NULL."""
-    cdef int outcome
-    if live == STATE_SHARED:
-        if not atomic_swap_u16(block.state, live, STATE_FREE):
-            return False
-        if size_class == UNCACHED_RUN:
-            central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1)
-        elif cache == NULL:
-            central_put(&heap.centrals[size_class], &block, 1)
-        else:
-            thread_cache_put(cache, &heap.centrals[size_class], block)
-        return True
-    if cache == NULL:
-        mark_returning(block.state)
-        heap_return_block(heap, block, live)
-        return True
-    if live == cache.own_state:
-        return thread_cache_free(cache, &heap.centrals[size_class], block)
-    outcome = thread_cache_return(cache, &heap.centrals[size_class], block, live)
-    if outcome == OUTBOX_FULL:
-        heap_deliver(heap, cache)
-    return outcome != OUTBOX_REFUSED
 
 
 # ---------------------------------------------------------------------------------------------
@@ -504,7 +254,7 @@ cdef void *heap_alloc_checked(heap_t *heap, size_t nbytes, size_t align_bytes) n
     """As heap_alloc; NULL for what is refused, or is no request."""
     cdef char *address = NULL
     if LIKELY(heap != NULL and align_bytes == 0 and nbytes <= heap.largest_table_bytes):
-        address = pop(heap, class_of_usual(heap, nbytes))   # of class 0, if nbytes is 0: NULL
+        address = pop(heap, heap_class_of(heap, nbytes))   # of class 0, if nbytes is 0: NULL
     if LIKELY(address != NULL):
         return address
     return alloc_checked_slow(heap, nbytes, align_bytes)
@@ -563,7 +313,7 @@ cdef size_t heap_usable_bytes(heap_t *heap, const char *address) noexcept nogil:
     state = block_state(&heap.blocks, chunk, address, size_class)
     if state == NULL or not is_live(atomic_load_u16(state)):
         return 0
-    return block_bytes(heap, address, size_class)
+    return heap_block_bytes(heap, address, size_class)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ were first asked for; UNCACHED_RUN is all runs that found no number left.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from pagealloc.core.atomics cimport atomic_load_i64
+from pagealloc.core.atomics cimport atomic_load_i64, atomic_load_u16
 from pagealloc.core.block_map cimport FIRST_RUN_CLASS, block_map_t
-from pagealloc.core.central cimport central_t
+from pagealloc.core.central cimport central_t, run_key
 from pagealloc.core.latency cimport latency_t
 from pagealloc.core.mutex cimport mutex_t
 from pagealloc.core.page_heap cimport page_heap_t
-from pagealloc.core.size_class cimport size_classes_t
+from pagealloc.core.size_class cimport size_class_of, size_classes_t
 from pagealloc.core.thread_cache cimport MAX_SIZE_CLASSES, UNCACHED_RUN, thread_cache_t
 
 cdef enum:
@@ -55,6 +55,8 @@ cdef struct heap_t:             # page-aligned: cold fields first, as in thread_
 cdef void heap_init_classes(heap_t *heap) noexcept nogil
 cdef int heap_run_class(heap_t *heap, int64_t key) noexcept nogil
 cdef int heap_exact_class(heap_t *heap, uint32_t slot_bytes) noexcept nogil
+cdef size_t heap_class_of_unusual(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil
+cdef size_t heap_block_bytes(heap_t *heap, const char *address, size_t size_class) noexcept nogil
 cdef void heap_come_near(heap_t *heap, const void *address) noexcept nogil
 
 
@@ -73,3 +75,25 @@ cdef inline int next_class(heap_t *heap, int size_class) noexcept nogil:
 cdef inline uint32_t heap_key_hint(int64_t key) noexcept nogil:
     """Where among the hints a key is looked for."""
     return <uint32_t>((<uint64_t>key * <uint64_t>0x9E3779B97F4A7C15) >> 56)
+
+
+cdef inline size_t heap_class_of(heap_t *heap, size_t nbytes) noexcept nogil:
+    """The class of a request of at least 1 byte, with no wish as to its alignment.
+
+    0: there is none yet; for runs it is found by their pages.
+    """
+    if nbytes <= heap.classes.largest_bytes:
+        return size_class_of(&heap.classes, nbytes)
+    return atomic_load_u16(
+        &heap.class_of_pages[(nbytes + heap.blocks.page_mask) >> heap.blocks.page_shift]
+    )
+
+
+cdef inline int64_t heap_key_of(const heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+    """The key of the runs that serve a request."""
+    return run_key(
+        <int64_t>(
+            (nbytes >> heap.blocks.page_shift) + ((nbytes & heap.blocks.page_mask) != 0)
+        ),
+        align_bytes if align_bytes > heap.blocks.page_mask else heap.blocks.page_mask + 1
+    )

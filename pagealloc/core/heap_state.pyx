@@ -33,7 +33,8 @@ from pagealloc.core.central cimport (
     run_key,
 )
 from pagealloc.core.mutex cimport mutex_lock, mutex_unlock
-from pagealloc.core.size_class cimport size_classes_init
+from pagealloc.core.page_heap cimport page_heap_run_bytes
+from pagealloc.core.size_class cimport NO_CLASS, size_class_aligned, size_classes_init
 from pagealloc.core.thread_cache cimport thread_cache_forget
 
 
@@ -139,6 +140,32 @@ cdef int reuse_class(heap_t *heap, int64_t key) noexcept nogil:
         atomic_store_u16(place, old_class)
     heap.n_collections_seen = n_collections
     return UNCACHED_RUN
+
+
+cdef size_t heap_class_of_unusual(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+    """The class of any request, also aligned to more than usual or too large for the table.
+
+    0: not known yet.
+    """
+    cdef int64_t key
+    cdef size_t size_class
+    if align_bytes <= heap.blocks.page_mask + 1 and nbytes <= heap.largest_table_bytes:
+        size_class = size_class_aligned(
+            &heap.classes, nbytes, align_bytes if align_bytes > 0 else 1
+        )
+        return size_class if size_class != NO_CLASS else heap_class_of(
+            heap, nbytes if nbytes > heap.blocks.page_mask else heap.blocks.page_mask + 1
+        )
+    key = heap_key_of(heap, nbytes, align_bytes)
+    size_class = atomic_load_u16(&heap.key_hints[heap_key_hint(key)])
+    return size_class if atomic_load_i64(&heap.centrals[size_class].key) == key else 0
+
+
+cdef size_t heap_block_bytes(heap_t *heap, const char *address, size_t size_class) noexcept nogil:
+    """The length of a block whose class is known."""
+    if size_class == UNCACHED_RUN:
+        return page_heap_run_bytes(&heap.pages, address)
+    return heap.centrals[size_class].block_bytes
 
 
 cdef void heap_come_near(heap_t *heap, const void *address) noexcept nogil:
