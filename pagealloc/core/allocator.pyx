@@ -19,6 +19,7 @@ from pagealloc.core.batch cimport Batch, new_batch
 from pagealloc.core.buffer cimport Buffer, new_buffer
 from pagealloc.core.heap_latency cimport heap_latencies
 from pagealloc.core.heap_owner cimport Heap
+from pagealloc.core.heap_state cimport heap_t
 
 from pagealloc.core.exact import exact_class
 from pagealloc.options import option_value
@@ -189,7 +190,11 @@ cdef class PageAllocator(Heap):
         at irregular distances; the two readings of the clock are in each (20 to 50 ns).
         Thread-safe.
         """
-        return tuple(heap_latencies(self.open_heap()))
+        cdef heap_t *heap = self.enter()    # which makes objects, so another thread may come in
+        try:
+            return tuple(heap_latencies(heap))
+        finally:
+            self.leave()
 
     def empty(self, shape, dtype="float64"):
         """Return a new uninitialised array, C-contiguous and aligned as by `alloc`.

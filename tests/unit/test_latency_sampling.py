@@ -1,5 +1,7 @@
 """Which allocations have their time taken."""
 
+import sys
+
 import pytest
 
 from pagealloc import LatencyHistogram, PageAllocator, page_size_bytes
@@ -63,3 +65,23 @@ def test_impossible_distances(every):
 def test_a_distance_is_a_whole_number():
     with pytest.raises(TypeError):
         PageAllocator(time_every=1.5)
+
+
+def test_no_close_while_histograms_are_made():
+    """Another thread may close the allocator then; a profiler's hook shows it without one."""
+    refusals = []
+
+    def try_to_close(frame, event, arg):
+        if event == "call" and "latency_histogram" in frame.f_code.co_filename:
+            with pytest.raises(BufferError, match="using this allocator") as refusal:
+                allocator.close()
+            refusals.append(refusal)
+
+    with PageAllocator(backing="base", time_every=1) as allocator:
+        churn(allocator, 100, 100)
+        sys.setprofile(try_to_close)
+        try:
+            allocator.latencies()
+        finally:
+            sys.setprofile(None)
+        assert refusals
