@@ -40,6 +40,8 @@ cdef class BlockView:
         raise TypeError("only a Batch makes a BlockView: batch[i]")
 
     def __getbuffer__(self, Py_buffer *view, int flags):
+        if self.batch is None:
+            raise TypeError("only a Batch makes a BlockView: batch[i]")
         self.batch.open_blocks()
         fill_buffer(
             view, self, self.batch.blocks[self.index], <Py_ssize_t>self.batch.nbytes, False, flags

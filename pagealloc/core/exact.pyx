@@ -61,6 +61,8 @@ cdef class ExactClass:
         OutOfMemoryError, BackingUnavailableError, ClosedError
             As `PageAllocator.alloc`.
         """
+        if self.owner is None:
+            raise TypeError("only PageAllocator.exact() makes an ExactClass")
         if self.size_class:
             return new_buffer_of_class(self.owner, self.nbytes, self.size_class)
         return new_buffer(self.owner, self.nbytes, 0)

@@ -114,8 +114,8 @@ cdef class Heap:
     ):
         cdef size_t arena_nbytes
         cdef int64_t budget_nbytes = -1, timed
-        if self.heap != NULL:
-            raise TypeError(f"this {type(self).__name__} is open already: make a new one")
+        if self.backing is not None:    # also once closed: an ExactClass knows the classes it had
+            raise TypeError(f"this {type(self).__name__} is made already: make a new one")
         if not isinstance(backing, str) or backing not in LADDERS:
             raise ValueError(f"backing={backing!r}: possible are {', '.join(map(repr, LADDERS))}")
         arena_nbytes = parse_bytes(arena_bytes, name="arena_bytes", minimum=os_page_bytes())

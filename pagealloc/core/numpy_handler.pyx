@@ -221,6 +221,8 @@ cdef class NumpyHandler:
         """The capsule that lives, or a new one.  Raises ClosedError."""
         if self.capsule != NULL:
             return <object>self.capsule
+        if self.owner is None:
+            raise TypeError("only pagealloc.numpy_handler() makes a NumpyHandler")
         self.functions.allocator.ctx = self.owner.open_heap()
         capsule = PyCapsule_New(&self.functions, CAPSULE_NAME, NULL)
         PyCapsule_SetContext(capsule, <void *>self)

@@ -69,3 +69,10 @@ def test_after_close():
         records.alloc()
     with pytest.raises(ClosedError):
         allocator.exact(100)
+    with pytest.raises(TypeError, match="made already"):
+        allocator.__init__(backing="base")  # its classes would not be those of `records`
+
+
+def test_one_that_nobody_made():
+    with pytest.raises(TypeError, match="exact"):
+        ExactClass.__new__(ExactClass).alloc()

@@ -577,3 +577,8 @@ def test_importing_pagealloc_does_not_import_numpy():
     code = "import sys, pagealloc; print('numpy' in sys.modules)"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.stdout == "False\n"
+
+
+def test_a_handler_that_nobody_made():
+    with pytest.raises(TypeError, match="numpy_handler"):
+        pagealloc.NumpyHandler.__new__(pagealloc.NumpyHandler).install()
