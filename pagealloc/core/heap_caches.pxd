@@ -7,7 +7,7 @@ from pagealloc.core.page_map cimport block_t
 from pagealloc.core.thread_cache cimport thread_cache_t
 
 cdef void heap_add_cache(heap_t *heap, thread_cache_t *cache) noexcept nogil
-cdef bint heap_retire_cache(heap_t *heap, thread_cache_t *cache, bint for_good) noexcept nogil
+cdef void heap_retire_cache(heap_t *heap, thread_cache_t *cache, bint for_good) noexcept nogil
 cdef void heap_drop_caches(heap_t *heap) noexcept nogil
 cdef void heap_deliver(heap_t *heap, thread_cache_t *cache) noexcept nogil
 cdef void heap_return_block(heap_t *heap, block_t block, uint16_t tag) noexcept nogil

@@ -22,7 +22,6 @@ from libc.string cimport memset
 from pagealloc.core.atomics cimport (
     atomic_add_i64,
     atomic_load_i64,
-    atomic_load_u32,
     atomic_store_i64,
     atomic_swap_u16,
 )
@@ -116,14 +115,11 @@ cdef void deliver_outbox(heap_t *heap, thread_cache_t *cache) noexcept nogil:
         i = end
 
 
-cdef bint heap_retire_cache(heap_t *heap, thread_cache_t *cache, bint for_good) noexcept nogil:
-    """Empty a cache whose thread is gone, and delete it; the caller holds caches_mutex."""
+cdef void heap_retire_cache(heap_t *heap, thread_cache_t *cache, bint for_good) noexcept nogil:
+    """Empty a cache whose lock is orphaned, and delete it; the caller holds caches_mutex."""
     cdef int i
     deliver_outbox(heap, cache)
-    if atomic_load_u32(&cache.outbox.n) or not thread_cache_drain(
-        cache, heap.centrals, &heap.blocks, for_good
-    ):
-        return False
+    thread_cache_drain(cache, heap.centrals, &heap.blocks, for_good)
     if cache.tag != STATE_SHARED:
         heap.cache_of_tag[cache.tag] = NULL
     i = next_class(heap, 0)
@@ -138,16 +134,18 @@ cdef bint heap_retire_cache(heap_t *heap, thread_cache_t *cache, bint for_good) 
     else:
         heap.caches = cache.next
     thread_cache_delete(cache)
-    return True
 
 
 cdef void heap_drop_caches(heap_t *heap) noexcept nogil:
     """When nobody uses the heap: its caches go without asking their threads."""
+    cdef thread_cache_t *cache
     mutex_lock(&heap.caches_mutex)
+    cache = heap.caches
+    while cache != NULL:    # all of them first, for one may have to be drained to take another's
+        owner_lock_orphan(&cache.lock)
+        cache = cache.next
     while heap.caches != NULL:
-        owner_lock_orphan(&heap.caches.lock)
-        while not heap_retire_cache(heap, heap.caches, True):
-            pass
+        heap_retire_cache(heap, heap.caches, True)
     mutex_unlock(&heap.caches_mutex)
 
 

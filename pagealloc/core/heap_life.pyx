@@ -134,8 +134,8 @@ cdef void heap_end_thread(
     heap = heap_of_id[id]
     if heap != NULL and heap.generation == generation:
         mutex_lock(&heap.caches_mutex)
-        if not heap_retire_cache(heap, cache, False):
-            cache.is_orphan = True      # no barrier now: the next collection tries again
+        owner_lock_orphan(&cache.lock)
+        heap_retire_cache(heap, cache, False)
         mutex_unlock(&heap.caches_mutex)
     mutex_unlock(&registry_mutex)
 

@@ -9,7 +9,8 @@ Invariants
     whoever holds the mutex with attention = 1 and has seen busy = 0 after the barrier is alone
     while busy = 1 the owner waits for nothing but locks that are taken under this one: those who
     have them do not wait for this one
-    where the kernel has no membarrier, attention is 1 for good: every entry takes the mutex
+    where the kernel has no membarrier, or the owner is gone, attention is set for good: every entry
+    takes the mutex
 Locking
     This is it.  Nothing is taken while the collector waits.
 Units
@@ -33,19 +34,24 @@ cdef extern from * nogil:
     void set_attention "pagealloc_set_attention"(uint32_t *attention, uint32_t value)
 
 
+cdef enum:              # attention, if set
+    WANTED = 1          # by who has the mutex, until it is released
+    FOR_GOOD = 2
+
+
 cdef void owner_lock_init(owner_lock_t *lock) noexcept nogil:
     """Prepare a lock whose memory is zero."""
     mutex_init(&lock.mutex)
-    lock.attention = not os_has_barrier()
+    lock.attention = 0 if os_has_barrier() else FOR_GOOD
 
 
 cdef bint owner_lock_seize(owner_lock_t *lock) noexcept nogil:
     """Keep the owner out; False, and nothing is held, if the kernel refuses the barrier."""
     cdef int n_waits = 0
     mutex_lock(&lock.mutex)
-    if atomic_load_u32(&lock.attention):    # no barrier in this kernel: the mutex is all there is
+    if atomic_load_u32(&lock.attention):    # for good: the mutex is all there is
         return True
-    set_attention(&lock.attention, 1)
+    set_attention(&lock.attention, WANTED)
     if os_barrier_all_threads() != 0:
         set_attention(&lock.attention, 0)
         mutex_unlock(&lock.mutex)
@@ -57,11 +63,16 @@ cdef bint owner_lock_seize(owner_lock_t *lock) noexcept nogil:
 
 
 cdef void owner_lock_release(owner_lock_t *lock) noexcept nogil:
-    if os_has_barrier():
+    if atomic_load_u32(&lock.attention) == WANTED:
         set_attention(&lock.attention, 0)
     mutex_unlock(&lock.mutex)
 
 
 cdef void owner_lock_orphan(owner_lock_t *lock) noexcept nogil:
-    """In a forked child: the owner was a thread of the parent's, and will never leave."""
+    """The owner is gone, or this is it and it enters no more: the mutex is all there is.
+
+    In a forked child the owner was a thread of the parent's, and may have been inside.  The caller
+    sees to it that nobody is seizing the lock meanwhile.
+    """
     atomic_store_u32(&lock.busy, 0)
+    set_attention(&lock.attention, FOR_GOOD)

@@ -188,3 +188,22 @@ def test_calls_are_counted():
     grown = os_memory.call_counts()
     allocator.alloc(PAGE_BYTES).close()
     assert os_memory.call_counts() == grown  # served from what is there: no kernel call
+
+
+def test_no_barrier_at_a_close_or_at_a_threads_end():
+    """As when a sandbox is entered after the import: nothing waits for the kernel to change."""
+    program = """
+import threading
+from pagealloc import PageAllocator
+from pagealloc.core import os_memory
+allocator = PageAllocator(backing="base")
+allocator.alloc(100).close()
+with os_memory.refusing("membarrier"):
+    thread = threading.Thread(target=lambda: [allocator.alloc(n).close() for n in (100, 100_000)])
+    thread.start()
+    thread.join()
+    allocator.check()
+    assert allocator.stats().n_live == 0
+    allocator.close()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
