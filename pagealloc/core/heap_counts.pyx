@@ -74,6 +74,7 @@ cdef heap_counts_t heap_counts(heap_t *heap) noexcept nogil:
     cdef int64_t idle_run_bytes = 0, slab_bytes = 0, live_slot_bytes = 0
     cdef int i
     memset(&counts, 0, sizeof(counts))
+    memset(of_class, 0, sizeof(of_class))   # a class that comes after they are counted has nothing
     heap_hold(heap)
     count_classes(heap, of_class)
     i = next_class(heap, 0)

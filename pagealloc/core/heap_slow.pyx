@@ -50,7 +50,7 @@ from pagealloc.core.thread_cache cimport (
     OUTBOX_FULL,
     OUTBOX_REFUSED,
     thread_cache_free,
-    thread_cache_put,
+    thread_cache_free_shared,
     thread_cache_refill,
     thread_cache_return,
     thread_cache_t,
@@ -207,14 +207,14 @@ cdef bint heap_take_back(
     """Free a block whose state is `live`; False if it is that no longer.  `cache` may be NULL."""
     cdef int outcome
     if live == STATE_SHARED:
+        if cache != NULL and size_class != UNCACHED_RUN:
+            return thread_cache_free_shared(cache, &heap.centrals[size_class], block)
         if not atomic_swap_u16(block.state, live, STATE_FREE):
             return False
         if size_class == UNCACHED_RUN:
             central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1)
-        elif cache == NULL:
-            central_put(&heap.centrals[size_class], &block, 1)
         else:
-            thread_cache_put(cache, &heap.centrals[size_class], block)
+            central_put(&heap.centrals[size_class], &block, 1)
         return True
     if cache == NULL:
         mark_returning(block.state)

@@ -101,7 +101,9 @@ cdef bint thread_cache_is_timed(
 cdef bint thread_cache_free(
     thread_cache_t *cache, central_t *central, block_t block
 ) noexcept nogil
-cdef void thread_cache_put(thread_cache_t *cache, central_t *central, block_t block) noexcept nogil
+cdef bint thread_cache_free_shared(
+    thread_cache_t *cache, central_t *central, block_t block
+) noexcept nogil
 cdef int thread_cache_return(
     thread_cache_t *cache, central_t *central, block_t block, uint16_t tag
 ) noexcept nogil

@@ -36,11 +36,13 @@ from pagealloc.core.atomics cimport (
     atomic_store_ptr,
     atomic_store_u16,
     atomic_store_u32,
+    atomic_swap_u16,
 )
 from pagealloc.core.block_map cimport (
     LIKELY,
     STATE_FREE,
     STATE_MARK,
+    STATE_SHARED,
     block_chunk,
     block_class,
     block_map_t,
@@ -84,7 +86,7 @@ cdef inline size_t cache_bytes() noexcept nogil:
 
 cdef thread_cache_t *thread_cache_new() noexcept nogil:
     """A cache with no block in it; NULL if the kernel has no memory for it."""
-    # Mapped: of some 500 KiB, only the magazines in use are ever touched.
+    # Mapped: of a MiB and more, only the magazines in use are ever touched.
     cdef thread_cache_t *cache = <thread_cache_t *>os_reserve(cache_bytes(), os_page_bytes())
     if cache == NULL:
         return NULL
@@ -291,11 +293,16 @@ cdef bint thread_cache_free(
     return is_own
 
 
-cdef void thread_cache_put(thread_cache_t *cache, central_t *central, block_t block) noexcept nogil:
-    """Keep a block that is free already and nobody's."""
-    cdef bint by_flag = owner_enter_surely(&cache.lock)
-    put(cache, central, central.size_class, block)
+cdef bint thread_cache_free_shared(
+    thread_cache_t *cache, central_t *central, block_t block
+) noexcept nogil:
+    """Free a block that is no thread's in particular; False if another thread was faster."""
+    cdef bint by_flag = owner_enter_surely(&cache.lock)     # before: for a fork it is live or here
+    cdef bint is_freed = atomic_swap_u16(block.state, STATE_SHARED, STATE_FREE)
+    if is_freed:
+        put(cache, central, central.size_class, block)
     owner_leave_surely(&cache.lock, by_flag)
+    return is_freed
 
 
 cdef int thread_cache_return(
@@ -428,14 +435,18 @@ cdef void thread_cache_collect(
 cdef bint thread_cache_forget(thread_cache_t *cache, int size_class) noexcept nogil:
     """Close an empty magazine, for its class is about to be that of another size.
 
-    False if the kernel refuses to keep the owner out.
+    False if it is not empty, which it was when the caller looked, or if the kernel refuses to keep
+    the owner out.
     """
+    cdef bint is_empty
     if not owner_lock_seize(&cache.lock):
         return False
-    cache.magazines[size_class].top = NULL
-    cache.magazines[size_class].limit = NULL
+    is_empty = magazine_n(&cache.magazines[size_class]) == 0
+    if is_empty:
+        cache.magazines[size_class].top = NULL
+        cache.magazines[size_class].limit = NULL
     owner_lock_release(&cache.lock)
-    return True
+    return is_empty
 
 
 cdef void count_returning(
