@@ -449,15 +449,12 @@ cdef bint thread_cache_forget(thread_cache_t *cache, int size_class) noexcept no
     return is_empty
 
 
-cdef void count_returning(
-    block_map_t *map, const block_t *blocks, uint32_t n, int64_t *n_idle
+cdef inline void count_returning(
+    block_map_t *map, const block_t *block, uint16_t tag, int64_t *n_idle
 ) noexcept nogil:
-    cdef uint32_t i
-    for i in range(n):
-        if atomic_load_u16(blocks[i].state) & STATE_MARK:
-            n_idle[
-                block_class(map, block_chunk(map, blocks[i].address), blocks[i].address)
-            ] += 1
+    """Count a block in a box; not one that two threads freed, and the other free had it."""
+    if atomic_load_u16(block.state) == (tag | STATE_MARK):
+        n_idle[block_class(map, block_chunk(map, block.address), block.address)] += 1
 
 
 cdef void thread_cache_count_idle(
@@ -465,6 +462,7 @@ cdef void thread_cache_count_idle(
 ) noexcept nogil:
     """Add its free blocks to the counts of their classes."""
     cdef bint is_seized = False
+    cdef uint32_t k
     cdef int i = next_used(cache, 0)
     while i < MAX_SIZE_CLASSES:
         n_idle[i] += magazine_n(&cache.magazines[i])
@@ -472,10 +470,12 @@ cdef void thread_cache_count_idle(
     if atomic_load_u32(&cache.outbox.n):
         is_seized = owner_lock_seize(&cache.lock)
     if is_seized:
-        count_returning(map, cache.outbox.blocks, cache.outbox.n, n_idle)
+        for k in range(cache.outbox.n):
+            count_returning(map, &cache.outbox.blocks[k], cache.outbox.tags[k], n_idle)
         owner_lock_release(&cache.lock)
     mutex_lock(&cache.inbox.mutex)
-    count_returning(map, cache.inbox.blocks, cache.inbox.n, n_idle)
+    for k in range(cache.inbox.n):
+        count_returning(map, &cache.inbox.blocks[k], cache.tag, n_idle)
     mutex_unlock(&cache.inbox.mutex)
 
 
