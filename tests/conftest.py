@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Started from the checkout's root, the folder `pagealloc/` there, which holds no compiled module,
@@ -16,3 +17,24 @@ os.environ["PYTHONSAFEPATH"] = "1"
 # No deadline: a kernel call now and then takes long on a shared machine, and that is no failure.
 settings.register_profile("pagealloc", deadline=None, print_blob=True)
 settings.load_profile("pagealloc")
+
+QUICK_S = 1.5  # of each test that takes duration_s, in the quick suite
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="how long the selected tests that loop for a time (tests/stress) take together; "
+        f"unset: {QUICK_S} s each",
+    )
+
+
+@pytest.fixture(scope="session")
+def duration_s(request) -> float:
+    """How long a test that loops for a time does so: its share of --minutes."""
+    minutes = request.config.getoption("minutes")
+    if minutes is None:
+        return QUICK_S
+    return minutes * 60 / sum("duration_s" in item.fixturenames for item in request.session.items)

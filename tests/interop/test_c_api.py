@@ -5,11 +5,8 @@ Everything here is compiled against the installed pagealloc, in a folder of its 
 
 import ctypes
 import gc
-import importlib.util
-import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import threading
@@ -18,68 +15,20 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from native import STRICT, build_tool, compile_c, load, run
 
 import pagealloc
 from pagealloc import ClosedError, PageAllocator
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
-STRICT = ("-Wall", "-Wextra", "-Werror")
 PAGE_BYTES = pagealloc.page_size_bytes()
-
-
-def build_tool(*names: str) -> str:
-    """Return the first of these compilers that is there, or skip."""
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        pytest.skip("Python's headers are not installed")
-    found = [path for name in names if (path := shutil.which(name))]
-    if not found:
-        pytest.skip(f"no compiler: none of {', '.join(names)} is installed")
-    return found[0]
 
 
 def need_cython() -> None:
     """Skip if the dependency group `test` is not installed: nothing here may ask the network."""
     pytest.importorskip("Cython", minversion="3.1")
     pytest.importorskip("setuptools", minversion="77")
-
-
-def run(*command: str | Path, cwd: Path, imports_pagealloc: bool = False) -> str:
-    environ = dict(os.environ)
-    if not imports_pagealloc:  # a sanitizer has nothing to see in compilers and pip
-        environ.pop("LD_PRELOAD", None)
-    process = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stdout
-    return process.stdout
-
-
-def load(name: str, folder: Path) -> ModuleType:
-    (path,) = folder.glob(f"{name}.*so")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def compile_c(source: str, name: str, folder: Path, include: str | None = None) -> None:
-    """Compile the text of a C module as strictly as anybody might."""
-    (folder / f"{name}.c").write_text(source)
-    run(
-        build_tool("gcc", "cc", "clang"),
-        *(*STRICT, "-std=c11", "-O1", "-shared", "-fPIC"),
-        *("-isystem", sysconfig.get_path("include")),
-        *("-I", include or pagealloc.get_include()),
-        *(f"{name}.c", "-o", f"{name}.so"),
-        cwd=folder,
-    )
 
 
 @pytest.fixture
