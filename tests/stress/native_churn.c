@@ -55,24 +55,19 @@ static PyObject *py_churn(PyObject *module, PyObject *args, PyObject *keywords)
 
 static PyObject *py_race(PyObject *module, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"allocator",    "seconds", "owner", "n_racers",
-                            "n_bystanders", "seed",    NULL};
-    race race = {.n_racers = 3, .max_bytes = 64 << 10};
+    static char *names[] = {"allocator", "seconds", "owner", "n_bystanders", "seed", NULL};
+    race race = {.max_bytes = 64 << 10};
     PyObject *allocator;
     unsigned long long seed = 0;
     (void)module;
     if (!PyArg_ParseTupleAndKeywords(
-            args, keywords, "Odi|$llK", names, &allocator, &race.seconds, &race.owner_role,
-            &race.n_racers, &race.n_bystanders, &seed
-        )) {
+            args, keywords, "Odi|$lK", names, &allocator, &race.seconds, &race.owner_role,
+            &race.n_bystanders, &seed
+        )
+        || !begin_trial(&race.trial, allocator)) {
         return NULL;
     }
-    if (race.n_racers < 2 || race.n_racers > MAX_RACERS) {
-        return PyErr_Format(PyExc_ValueError, "n_racers: from 2 to %d", MAX_RACERS);
-    }
-    if (!begin_trial(&race.trial, allocator)) {
-        return NULL;
-    }
+    race.n_racers = 2 + (race.owner_role == OWNER_WATCHES); /* two free: on two cores, at once */
     race.seed = seed;
     Py_BEGIN_ALLOW_THREADS
     run_race(&race);

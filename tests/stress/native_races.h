@@ -11,7 +11,7 @@
 #include <sched.h>
 
 #define N_RACED 32
-#define MAX_RACERS 8
+#define MAX_RACERS 3
 
 /* Who allocated the blocks that the racers free. */
 enum { OWNER_RACES, OWNER_WATCHES, OWNER_IS_DEAD };
@@ -23,7 +23,7 @@ typedef struct race {
     double seconds;
     int owner_role;
     long n_racers, n_bystanders; /* bystanders have a cache each, and keep it until the end */
-    atomic_long n_arrived;
+    atomic_long n_arrived, n_aimed;
     atomic_bool stop;
     atomic_int n_freed[N_RACED]; /* how many racers were told so, of each block */
     long long n_rounds, n_raced, n_told_freed;
@@ -38,14 +38,25 @@ typedef struct racer {
 } racer;
 
 /* A barrier that is left within nanoseconds by all, if they have a core each. */
-static void meet(race *race, long n_threads)
+static void meet(atomic_long *n_arrived, long n_threads)
 {
-    const long mine = atomic_fetch_add(&race->n_arrived, 1);
+    const struct timespec pause = {0, 20000};
+    const long mine = atomic_fetch_add(n_arrived, 1);
     const long all = (mine / n_threads + 1) * n_threads;
-    for (int i = 0; atomic_load(&race->n_arrived) < all; i++) {
-        if (i % 256 == 255) {
+    for (long i = 1; atomic_load(n_arrived) < all; i++) {
+        if (i > 4096) {
+            nanosleep(&pause, NULL); /* some of the others have no core */
+        } else if (i % 256 == 0) {
             sched_yield();
         }
+    }
+}
+
+/* Who came last to a barrier leaves it first: chance decides who is first all the same. */
+static void dither(uint64_t *random)
+{
+    for (uint64_t i = next_random(random) % 128; i; i--) {
+        atomic_signal_fence(memory_order_seq_cst);
     }
 }
 
@@ -106,31 +117,33 @@ static void *run_racer(void *argument)
     race *race = r->race;
     const double end = now_s() + race->seconds;
     const bool frees = r->number > 0 || race->owner_role != OWNER_WATCHES;
+    const long n_freeing = race->n_racers - (race->owner_role == OWNER_WATCHES);
     block own[N_RACED];
     do {
         if (r->number == 0) {
             prepare(r);
         }
-        meet(race, race->n_racers);
-        for (int i = 0; i < N_RACED; i++) {
-            meet(race, race->n_racers);
-            if (frees && race->blocks[i].address != NULL
+        meet(&race->n_arrived, race->n_racers);
+        for (int i = 0; frees && i < N_RACED; i++) {
+            meet(&race->n_aimed, n_freeing);
+            dither(&r->random);
+            if (race->blocks[i].address != NULL
                 && api->free(race->trial.heap, race->blocks[i].address) == PAGEALLOC_FREED) {
                 atomic_fetch_add(&race->n_freed[i], 1);
             }
         }
-        meet(race, race->n_racers);
+        meet(&race->n_arrived, race->n_racers);
         if (r->number == 0) {
             count(race, end);
         }
         fill(race, &r->random, (uint64_t)(r->number + 1) << 40 | r->n_owned++ << 8, own);
-        meet(race, race->n_racers);
+        meet(&race->n_arrived, race->n_racers);
         for (int i = 0; i < N_RACED; i++) {
             if (own[i].address != NULL) {
                 release(&race->trial, &own[i]);
             }
         }
-        meet(race, race->n_racers);
+        meet(&race->n_arrived, race->n_racers);
     } while (!atomic_load(&race->stop)); /* which changes in the middle of a round only */
     return NULL;
 }
