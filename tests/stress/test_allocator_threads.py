@@ -1,8 +1,6 @@
 """Threads that allocate, free each other's buffers, and trim; and forks among them."""
 
-import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +10,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
+from stress import assert_nothing_is_left, in_child
 
 from pagealloc import ClosedError, PageAllocator
 
@@ -58,31 +57,10 @@ def churning(allocator):
         buffer.close()
 
 
-def assert_nothing_is_left(allocator):
-    allocator.check()
-    allocator.trim()
-    assert allocator.stats().reserved_bytes == 0
-    allocator.close()
-
-
-def in_child(work):
-    """Run `work` in a forked child; its exit status."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            signal.alarm(30)  # a deadlock ends the child, and fails the test
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitpid(pid, 0)[1]
-
-
-def test_buffers_pass_between_threads_while_another_trims():
+def test_buffers_pass_between_threads_while_another_trims(duration_s):
     allocator = PageAllocator(backing="base", arena_bytes="4MiB")
     with churning(allocator):
-        end = time.monotonic() + 2
+        end = time.monotonic() + duration_s
         while time.monotonic() < end:
             allocator.trim()
             allocator.stats()
@@ -91,7 +69,7 @@ def test_buffers_pass_between_threads_while_another_trims():
 
 
 @pytest.mark.fork_under_load
-def test_a_child_forked_under_load_can_read_allocate_and_free():
+def test_a_child_forked_under_load_can_read_allocate_and_free(duration_s):
     allocator = PageAllocator(backing="base", arena_bytes="4MiB")
     kept = allocator.zeros(1000, np.uint8)
     kept.fill(42)
@@ -105,8 +83,9 @@ def test_a_child_forked_under_load_can_read_allocate_and_free():
         allocator.trim()
         allocator.check()
 
+    end = time.monotonic() + duration_s
     with churning(allocator):
-        for _ in range(100):
+        while time.monotonic() < end:
             assert in_child(work) == 0
             assert (kept == 42).all()
     del kept, work
@@ -114,9 +93,10 @@ def test_a_child_forked_under_load_can_read_allocate_and_free():
 
 
 @pytest.mark.fork_under_load
-def test_a_forked_child_knows_what_is_live_and_can_close():
+def test_a_forked_child_knows_what_is_live_and_can_close(duration_s):
     """The other threads' calls, cut off by the fork, must not look like live buffers or callers."""
-    for _ in range(100):
+    end = time.monotonic() + duration_s
+    while time.monotonic() < end:
         allocator = PageAllocator(backing="base", arena_bytes="2MiB")
         stop = threading.Event()
 

@@ -1,20 +1,17 @@
 """Threads that share a pool: no item is ever with two of them; and forks among them."""
 
 import gc
-import os
 import random
-import signal
 import threading
 import time
-import traceback
 
 import numpy as np
 import pytest
+from stress import in_child
 
 from pagealloc import ClosedError, PageAllocator, Pool
 
 N_THREADS = 4
-CHILD_SECONDS = 30
 
 
 class Item:
@@ -54,7 +51,7 @@ def reset_slowly(item):
     item.owner = None
 
 
-def run(pool, meanwhile, seconds=2):
+def run(pool, meanwhile, seconds):
     stop, failures, n_gets = threading.Event(), [], []
     threads = [
         threading.Thread(target=use, args=(pool, seed, stop, failures, n_gets))
@@ -76,7 +73,7 @@ def run(pool, meanwhile, seconds=2):
     assert stats.hits + stats.misses == sum(n_gets)
 
 
-def test_no_item_is_with_two_threads():
+def test_no_item_is_with_two_threads(duration_s):
     pool = Pool(Item, reset=reset_slowly, nbytes=1, max_idle_bytes=8)
 
     def meanwhile():
@@ -84,7 +81,7 @@ def test_no_item_is_with_two_threads():
         random.choice([pool.collect, pool.stats, gc.collect])()
         time.sleep(0.001)
 
-    run(pool, meanwhile)
+    run(pool, meanwhile, duration_s)
     assert pool.stats().hits > 0
 
 
@@ -141,20 +138,6 @@ def test_a_pool_is_closed_while_threads_use_it():
         allocator.close()
 
 
-def in_child(work):
-    """Run `work` in a forked child; its exit code, or minus the signal that killed it."""
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(CHILD_SECONDS)  # a hang is a failure
-        try:
-            work()
-        except BaseException:  # noqa: BLE001  (whatever it is, the exit code says it)
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def test_a_child_has_the_items_private_to_the_parent_s_threads():
     pool = Pool(nbytes=4096, allocator=PageAllocator(backing="base"))
     buffers = [pool.get() for _ in range(3)]
@@ -193,7 +176,7 @@ def test_a_child_has_the_items_private_to_the_parent_s_threads():
 
 
 @pytest.mark.fork_under_load
-def test_a_child_forked_under_load_can_use_the_pool():
+def test_a_child_forked_under_load_can_use_the_pool(duration_s):
     pool = Pool(Item, reset=reset_slowly)
 
     def work():
@@ -207,4 +190,4 @@ def test_a_child_forked_under_load_can_use_the_pool():
     def meanwhile():
         assert in_child(work) == 0
 
-    run(pool, meanwhile)
+    run(pool, meanwhile, duration_s)
