@@ -47,6 +47,7 @@ from pagealloc.core.thread_cache cimport (
     thread_cache_count_idle,
     thread_cache_delete,
     thread_cache_drain,
+    thread_cache_note_conflict,
     thread_cache_t,
     thread_cache_take_outbox,
 )
@@ -95,6 +96,8 @@ cdef void deliver(heap_t *heap, block_t *blocks, uint32_t n, uint16_t tag) noexc
     while n:            # the next cache of this tag takes no part in these: it has not had them
         if atomic_swap_u16(blocks.state, tag | STATE_MARK, STATE_FREE):
             central_put(&heap.centrals[class_of(heap, blocks)], blocks, 1)
+        else:
+            thread_cache_note_conflict()
         blocks += 1
         n -= 1
 

@@ -124,6 +124,7 @@ cdef void thread_cache_count_idle(
     thread_cache_t *cache, block_map_t *map, int64_t *n_idle
 ) noexcept nogil
 cdef void thread_cache_time_every(thread_cache_t *cache, int64_t every) noexcept nogil
+cdef void thread_cache_note_conflict() noexcept nogil
 cdef int64_t thread_cache_n_conflicts() noexcept nogil
 
 

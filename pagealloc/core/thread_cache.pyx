@@ -205,7 +205,7 @@ cdef bint settle_inbox(
     cdef size_t size_class
     for i in range(n_taken):
         if atomic_load_u16(blocks[i].state) != (cache.tag | STATE_MARK):
-            atomic_add_i64(&n_conflicts, 1)     # freed twice, and the other free had it
+            thread_cache_note_conflict()    # freed twice, and the other free had it
             continue
         atomic_store_u16(blocks[i].state, STATE_FREE)
         size_class = block_class(map, block_chunk(map, blocks[i].address), blocks[i].address)
@@ -489,6 +489,11 @@ cdef void thread_cache_time_every(thread_cache_t *cache, int64_t every) noexcept
         cache.magazines[i].next_timed = next_timed(cache, cache.magazines[i].n_allocs, every)
         i = next_used(cache, i + 1)
     owner_lock_release(&cache.lock)
+
+
+cdef void thread_cache_note_conflict() noexcept nogil:
+    """A block that somebody freed, and was told so, turns out to have been freed already."""
+    atomic_add_i64(&n_conflicts, 1)
 
 
 cdef int64_t thread_cache_n_conflicts() noexcept nogil:

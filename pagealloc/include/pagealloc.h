@@ -82,9 +82,10 @@ typedef struct pagealloc_api {
     void *(*alloc)(pagealloc_heap *heap, size_t nbytes, size_t align_bytes);
 
     /* Give a block back: PAGEALLOC_FREED, or PAGEALLOC_NOT_OURS / PAGEALLOC_NOT_LIVE and nothing
-     * was changed; of several threads that free the same block at once, one gets PAGEALLOC_FREED.
-     * `address` may be anything, it is looked up and never followed; NULL is not ours.  A code is a
-     * defect of the caller's, and no promise: the address may have been handed out again since. */
+     * was changed.  Of several threads that free the same block in the same instant more than one
+     * may get PAGEALLOC_FREED, and it is freed once.  `address` may be anything, it is looked up and
+     * never followed; NULL is not ours.  A code is a defect of the caller's, and no promise: the
+     * address may have been handed out again since. */
     int (*free)(pagealloc_heap *heap, void *address);
 
     /* `n` blocks, as by alloc, into `addresses`, an array of the caller's with room for `n`.

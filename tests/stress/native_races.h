@@ -55,7 +55,7 @@ static void meet(atomic_long *n_arrived, long n_threads)
 /* Who came last to a barrier leaves it first: chance decides who is first all the same. */
 static void dither(uint64_t *random)
 {
-    for (uint64_t i = next_random(random) % 128; i; i--) {
+    for (uint64_t i = next_random(random) % 400; i; i--) {
         atomic_signal_fence(memory_order_seq_cst);
     }
 }
