@@ -12,6 +12,7 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 if sys.path and Path(sys.path[0]).resolve() == ROOT:
     del sys.path[0]
+sys.path.insert(0, str(ROOT / "tests/support"))  # modules that tests share
 os.environ["PYTHONSAFEPATH"] = "1"
 
 # No deadline: a kernel call now and then takes long on a shared machine, and that is no failure.

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import native
@@ -123,6 +123,19 @@ def test_a_small_budget_refuses_and_loses_nothing(native_churn, duration_s):
     # All of the budget is to be had again.
     native_churn.release(allocator, native_churn.hold(allocator, 100, 4096, 1))
     allocator.alloc("8MiB").close()
+    assert_nothing_is_left(allocator)
+
+
+def test_what_a_thread_leaves_behind_serves_the_next(allocator):
+    """Of runs, which come one by one and not in batches: the very same."""
+
+    def use():
+        with ExitStack() as stack:
+            return {stack.enter_context(allocator.alloc(50_000)).address for _ in range(20)}
+
+    addresses = in_thread(use)
+    for _ in range(N_TAGS + 10):
+        assert in_thread(use) == addresses
     assert_nothing_is_left(allocator)
 
 
