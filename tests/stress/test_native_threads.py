@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def in_thread(function, *args, **keywords):
     thread = threading.Thread(target=lambda: results.append(function(*args, **keywords)))
     thread.start()
     thread.join()
+    while Path(f"/proc/self/task/{thread.native_id}").exists():
+        time.sleep(0.0001)  # Python is done with it, its thread-local storage may not be
     (result,) = results
     return result
 
