@@ -231,6 +231,32 @@ def test_a_child_forked_under_load_allocates_frees_and_checks(native_churn, allo
     assert_nothing_is_left(allocator)
 
 
+def address_space_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.fork_under_load
+def test_a_child_drops_the_caches_of_threads_that_it_has_not(allocator):
+    end, n_threads = threading.Event(), 50
+    threads = [threading.Thread(target=hold_a_cache, args=(allocator, end))
+               for _ in range(n_threads)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    allocator.trim()  # so that the child's has nothing to do but that
+
+    def work():
+        before = address_space_bytes()
+        allocator.trim()
+        # Each takes half a megabyte, and would go on to have a tag.
+        assert before - address_space_bytes() > n_threads * 250_000
+
+    assert in_child(work) == 0
+    end.set()
+    for thread in threads:
+        thread.join()
+    assert_nothing_is_left(allocator)
+
+
 @pytest.mark.skipif("PAGEALLOC_BARRIER" in os.environ, reason="this is the run without membarrier")
 def test_all_of_this_without_membarrier(request, duration_s):
     """As in a kernel without it: the tests above, in a process that is told to do without."""
