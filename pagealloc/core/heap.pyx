@@ -18,7 +18,7 @@ Units
 
 from libc.stdint cimport int64_t, uint16_t, uint32_t
 
-from pagealloc.core.atomics cimport atomic_load_i64, atomic_load_ptr, atomic_load_u16
+from pagealloc.core.atomics cimport atomic_load_ptr, atomic_load_u16
 from pagealloc.core.block_map cimport LIKELY, block_chunk, block_class, block_state, is_live
 from pagealloc.core.heap_caches cimport heap_add_cache
 from pagealloc.core.heap_latency cimport heap_latency_group
@@ -168,9 +168,7 @@ cdef char *heap_alloc_slow(
         size_class = heap_class_of_unusual(heap, nbytes, align_bytes)
     if cache == NULL:
         cache = new_cache(heap)
-    if cache == NULL or not thread_cache_is_timed(
-        cache, size_class, atomic_load_i64(&heap.time_every)
-    ):
+    if cache == NULL or not thread_cache_is_timed(cache, size_class, &heap.time_every):
         return heap_supply(heap, cache, size_class, nbytes, align_bytes, slot_class, fresh, error)
     start_ns = latency_now_ns()
     fresh[0] = False

@@ -82,8 +82,8 @@ cdef void heap_add_cache(heap_t *heap, thread_cache_t *cache) noexcept nogil:
 cdef void deliver(heap_t *heap, block_t *blocks, uint32_t n, uint16_t tag) noexcept nogil:
     """Carry blocks to the inbox of the cache they belong to.
 
-    Where the inbox is full, all of it goes to the central lists; where the cache is gone, the
-    blocks.
+    Where the inbox is full, all of it goes to the central lists; where the cache is gone, or cannot
+    be drained for the kernel refuses the barrier, the blocks.
     """
     cdef thread_cache_t *cache = heap.cache_of_tag[tag]
     cdef uint32_t n_accepted
@@ -92,8 +92,8 @@ cdef void deliver(heap_t *heap, block_t *blocks, uint32_t n, uint16_t tag) noexc
         blocks += n_accepted
         n -= n_accepted
         if n and not thread_cache_drain(cache, heap.centrals, &heap.blocks, False):
-            return      # no barrier to be had, and nobody may touch them without: they are lost
-    while n:            # the next cache of this tag takes no part in these: it has not had them
+            break
+    while n:            # by exchange: nobody's lock keeps others from freeing them as well
         if atomic_swap_u16(blocks.state, tag | STATE_MARK, STATE_FREE):
             central_put(&heap.centrals[class_of(heap, blocks)], blocks, 1)
         else:

@@ -49,7 +49,8 @@ cdef void count_classes(heap_t *heap, class_counts_t *counts) noexcept nogil:
         counts[i].n_idle = n_idle[i]
         counts[i].n_allocs = n_allocs_of(heap, i)
         mutex_lock(&central.mutex)
-        counts[i].n_live = atomic_load_i64(&central.n_out) - n_idle[i]
+        # Below 0 while what two threads freed in one instant lies in boxes twice.
+        counts[i].n_live = max(<int64_t>0, atomic_load_i64(&central.n_out) - n_idle[i])
         counts[i].block_bytes = <int64_t>central.block_bytes
         counts[i].n_slabs = central.slabs.n_slabs
         counts[i].n_unused_slots = (

@@ -19,7 +19,7 @@ from libc.stdint cimport int64_t, uint32_t
 
 from pagealloc.core.block_map cimport block_map_init
 from pagealloc.core.central cimport central_destroy, central_trim
-from pagealloc.core.heap_caches cimport heap_drop_caches, heap_retire_cache, heap_trim
+from pagealloc.core.heap_caches cimport heap_drop_caches, heap_retire_cache
 from pagealloc.core.heap_latency cimport heap_latency_init
 from pagealloc.core.heap_state cimport (
     MAX_HEAPS,
@@ -69,7 +69,6 @@ cdef heap_t *heap_new(size_t arena_bytes, int ladder, int64_t budget_bytes) noex
 cdef int heap_delete(heap_t *heap) noexcept nogil:
     """Unmap everything; nothing may be live.  An errno value, the heap still usable, on refusal."""
     cdef int i, error
-    heap_trim(heap)
     leave_registry(heap)    # before its mutexes go: a fork takes those of every registered heap
     heap_drop_caches(heap)
     i = next_class(heap, 0)

@@ -20,7 +20,7 @@ import errno as _errno
 import gc
 import operator
 import os
-import weakref
+from weakref import ref
 
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport calloc, free
@@ -35,7 +35,7 @@ from pagealloc.core.arena cimport (
 )
 from pagealloc.core.atomics cimport atomic_load_i64
 from pagealloc.core.heap cimport heap_alloc, heap_free
-from pagealloc.core.heap_caches cimport heap_collect, heap_trim
+from pagealloc.core.heap_caches cimport heap_collect, heap_reclaim, heap_trim
 from pagealloc.core.heap_counts cimport (
     class_counts_t,
     heap_check,
@@ -76,14 +76,15 @@ LADDERS = {
 cdef dict BACKING_NAMES = {ladder: name for name, ladder in LADDERS.items()}
 
 
-_open_heaps = weakref.WeakSet()
+_open_heaps = set()    # weak references; to copy a set is one step, a WeakSet many
 
 
 def _collect_after_gc(phase, info):
     """A process whose oldest generation was just gone through has let go of what it will."""
     if phase == "stop" and info["generation"] == 2:
-        for heap in list(_open_heaps):
-            if not heap.closed:
+        for heap_ref in tuple(_open_heaps):
+            heap = heap_ref()
+            if heap is not None and not heap.closed:
                 heap.collect()
 
 
@@ -98,6 +99,15 @@ cdef int choose_ladder(str backing, int64_t arena_bytes, int64_t budget_bytes) e
     if backing != "auto" or budget_bytes < 0:
         return LADDERS[backing]
     return BACKING_BASE if budget_bytes < arena_bytes else BACKING_THP | BACKING_BASE
+
+
+cdef int64_t n_surely_live(heap_t *heap) noexcept:
+    """How many blocks are live, also if others were freed twice in one instant."""
+    cdef int64_t n_live = heap_counts(heap).n_live
+    if n_live == 0:
+        heap_reclaim(heap)      # which empties the boxes, and frees each block in them once
+        n_live = heap_counts(heap).n_live
+    return n_live
 
 
 cdef int64_t checked_time_every(object every) except -1:
@@ -132,12 +142,12 @@ cdef class Heap:
         if self.heap == NULL:
             raise OutOfMemoryError("no memory for the tables of an allocator")
         self.heap.time_every = timed
-        _open_heaps.add(self)
+        _open_heaps.add(ref(self, _open_heaps.discard))
 
     def __dealloc__(self):
         # Every Buffer holds a reference to its heap, so what is still live belongs to callers by
         # address.  Unmapping would pull it away from under them: the heap is left to the process.
-        if self.heap != NULL and heap_counts(self.heap).n_live == 0:
+        if self.heap != NULL and n_surely_live(self.heap) == 0:
             with nogil:
                 heap_delete(self.heap)
 
@@ -366,7 +376,7 @@ cdef class Heap:
         cdef int error
         if heap == NULL:
             return
-        n_live = heap_counts(heap).n_live
+        n_live = n_surely_live(heap)
         if n_live:
             raise BufferError(
                 f"{n_live} live buffer{'s' if n_live > 1 else ''} of this allocator: "

@@ -96,7 +96,7 @@ cdef bint thread_cache_refill(
     bint may_grow, block_t *block, bint *fresh, int *error
 ) noexcept nogil
 cdef bint thread_cache_is_timed(
-    thread_cache_t *cache, size_t size_class, int64_t every
+    thread_cache_t *cache, size_t size_class, const int64_t *every
 ) noexcept nogil
 cdef bint thread_cache_free(
     thread_cache_t *cache, central_t *central, block_t block

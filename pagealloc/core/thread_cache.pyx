@@ -267,15 +267,18 @@ cdef int64_t next_timed(thread_cache_t *cache, int64_t n_allocs, int64_t every) 
 
 
 cdef bint thread_cache_is_timed(
-    thread_cache_t *cache, size_t size_class, int64_t every
+    thread_cache_t *cache, size_t size_class, const int64_t *every
 ) noexcept nogil:
-    """True if the time of the allocation that comes now is to be taken; sets when the next is."""
+    """True if the time of the allocation that comes now is to be taken; sets when the next is.
+
+    `every` as for thread_cache_time_every, which finds no magazine that was never used.
+    """
     cdef magazine_t *magazine = &cache.magazines[size_class]
     cdef int64_t due = magazine.next_timed
-    if magazine.n_allocs + 1 < due:
+    if magazine.n_allocs + 1 < due or magazine.limit == NULL:
         return False
-    mutex_lock(&cache.lock.mutex)
-    magazine.next_timed = next_timed(cache, magazine.n_allocs, every)
+    mutex_lock(&cache.lock.mutex)       # read under it: who changes it comes here next
+    magazine.next_timed = next_timed(cache, magazine.n_allocs, atomic_load_i64(every))
     mutex_unlock(&cache.lock.mutex)
     return due > 0      # 0: the first one ever, which is like no other
 

@@ -172,7 +172,7 @@ def test_a_subclass_may_have_settings_of_its_own():
 
     with Named("scratch") as allocator, allocator.alloc(10):
         assert allocator.name == "scratch"
-    with pytest.raises(TypeError, match="open already"):
+    with pytest.raises(TypeError, match="made already"):
         PageAllocator.__init__(allocator := PageAllocator())
     allocator.close()
 

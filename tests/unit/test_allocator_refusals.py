@@ -4,6 +4,7 @@ import errno
 import mmap
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -207,3 +208,17 @@ with os_memory.refusing("membarrier"):
     allocator.close()
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("nbytes", [100, PAGE_BYTES, "1MiB"])
+def test_no_barrier_where_another_thread_frees_more_than_fits_an_inbox(nbytes):
+    with PageAllocator(backing="base") as allocator:
+        buffers = [allocator.alloc(nbytes) for _ in range(3000)]
+        with os_memory.refusing("membarrier", times=-1):
+            freer = threading.Thread(target=lambda: [buffer.close() for buffer in buffers])
+            freer.start()
+            freer.join()
+        allocator.trim()
+        assert allocator.stats().n_live == 0
+        assert allocator.stats().n_conflicts == 0
+        allocator.check()

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from pagealloc import LatencyHistogram, PageAllocator, page_size_bytes
+from pagealloc import LatencyHistogram, OutOfMemoryError, PageAllocator, page_size_bytes
+from pagealloc.core.os_memory import refusing
 from pagealloc.units import format_bytes
 
 PAGE_BYTES = page_size_bytes()
@@ -52,6 +53,15 @@ def test_it_can_be_switched_while_threads_run_hot():
         allocator.time_every = 0
         churn(allocator, PAGE_BYTES, 5000)
         assert n_samples(allocator) == n_on
+
+
+def test_switched_on_after_a_first_allocation_that_was_refused():
+    with PageAllocator(backing="base", time_every=0) as allocator:
+        with refusing("mmap"), pytest.raises(OutOfMemoryError):
+            allocator.alloc(PAGE_BYTES)
+        allocator.time_every = 10
+        churn(allocator, PAGE_BYTES, 5000)
+        assert n_samples(allocator) > 300
 
 
 @pytest.mark.parametrize("every", [-1, 1 << 40])
