@@ -57,10 +57,11 @@ def test_it_can_be_switched_while_threads_run_hot():
 
 def test_switched_on_after_a_first_allocation_that_was_refused():
     with PageAllocator(backing="base", time_every=0) as allocator:
+        allocator.alloc(100).close()  # this thread has a cache, but no magazine for the next size
         with refusing("mmap"), pytest.raises(OutOfMemoryError):
-            allocator.alloc(PAGE_BYTES)
+            allocator.alloc(40 << 20)
         allocator.time_every = 10
-        churn(allocator, PAGE_BYTES, 5000)
+        churn(allocator, 40 << 20, 5000)
         assert n_samples(allocator) > 300
 
 
