@@ -9,7 +9,8 @@ Structure
                                    --another thread's free--> tag, marked --> FREE
 Invariants
     No compare-and-swap where a block has an owner, for each byte of the word has its writers:
-    the whole word is written inside the lock of the cache that has the block, or had it last
+    the whole word is written inside the lock of the cache that has the block, or had it last; if
+    that is gone, or the kernel does not let anybody in, by compare-and-swap of (tag, marked)
     the mark alone is set, with a plain store of one byte, by who frees another cache's block; such
     a thread has seen the tag without a mark, and carries the block to the cache of that tag, where
     it is taken only if the word is (tag, marked) when it gets there

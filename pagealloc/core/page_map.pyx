@@ -8,7 +8,7 @@ Structure
 Invariants
     a chunk has an owner iff it lies in an arena of that heap that is mapped now (of an arena made
     for one request, only the first chunk is entered: nothing starts in the others)
-    the descriptors in `unused` have no owner, and all their classes and states are 0
+    the descriptors in `unused` have no owner, and all their classes are 0, and no state is live
 Locking
     Writers hold the map's mutex, which is the last one anybody takes; readers need nothing.  What
     is in a chunk's tables is its heap's to order.

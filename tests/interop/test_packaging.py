@@ -154,7 +154,7 @@ def test_the_readme_s_lines_print_what_it_shows(tmp_path):
 def test_the_quickstart_s_lines_run(tmp_path):
     page = (ROOT / "docs/quickstart.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         run(sys.executable, "-c", example, cwd=tmp_path)
 
