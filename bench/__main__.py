@@ -42,7 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a shortened version (core)")
     parser.add_argument(
-        "--markdown", type=Path, metavar="PATH", help="write a page for the documentation (core, instructions)"
+        "--markdown",
+        type=Path,
+        metavar="PATH",
+        help="its page of docs/benchmarks, if it has one",
     )
     options = parser.parse_args(arguments)
     if options.name is None:

@@ -22,6 +22,7 @@ from bench.workers import OURS, Drivers, compile_drivers, require_compiler, work
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
     from bench.workers import Worker
 
 __all__ = ["Line", "run"]

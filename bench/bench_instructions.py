@@ -103,6 +103,4 @@ def run(rounds: int) -> RowsReport:
         )
     )
     notes = [how_to_install(missing)] if missing else []
-    return RowsReport(
-        "instructions", "Instructions, counted", rows, machine(), PEER_NAMES, notes
-    )
+    return RowsReport("instructions", "Instructions, counted", rows, machine(), PEER_NAMES, notes)

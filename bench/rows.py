@@ -237,8 +237,7 @@ class RowsReport:
             [
                 f"# {self.title}",
                 "",
-                f"Written by `python -m bench {self.name} --markdown`; "
-                "{doc}`../benchmarks` says how.",
+                f"By `python -m bench {self.name} --markdown`; {{doc}}`../benchmarks` says how.",
                 "",
                 *facts,
                 "",

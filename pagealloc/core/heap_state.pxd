@@ -89,7 +89,9 @@ cdef inline size_t heap_class_of(heap_t *heap, size_t nbytes) noexcept nogil:
     )
 
 
-cdef inline int64_t heap_key_of(const heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+cdef inline int64_t heap_key_of(
+    const heap_t *heap, size_t nbytes, size_t align_bytes
+) noexcept nogil:
     """The key of the runs that serve a request."""
     return run_key(
         <int64_t>(

@@ -17,8 +17,8 @@ Invariants
     a bit of `used` is set iff the magazine has, or had, a limit
 Locking
     The owner enters by `lock`; others seize it.  Under it the inbox's mutex may be taken, or that
-    of a central list; no two caches' locks at a time.  A block moves from one place to another under
-    some lock that fork() takes.
+    of a central list; no two caches' locks at a time.  A block moves from one place to another
+    under some lock that fork() takes.
 Units
     Blocks.
 """

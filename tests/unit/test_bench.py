@@ -86,7 +86,7 @@ def test_a_report(tmp_path):
 
 @pytest.mark.timing
 @pytest.mark.skipif(not shutil.which("valgrind"), reason="valgrind, which counts, is not installed")
-@pytest.mark.skipif(not shutil.which("gcc"), reason="gcc, which compiles the loop, is not installed")
+@pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc, which compiles the loop")
 def test_alloc_and_free_take_the_same_few_instructions_for_every_size(tmp_path):
     path = tmp_path / "instructions.json"
     result = bench("instructions", "--rounds", "5", "--json", str(path))
