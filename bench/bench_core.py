@@ -6,6 +6,7 @@ once, in turn, starting with another one every time.  ``driver.c`` says what the
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import statistics
@@ -18,12 +19,10 @@ from bench import python_side, soak
 from bench.peers import PEERS, how_to_install, missing_peers
 from bench.report import machine
 from bench.rows import Row, RowsReport, compare, limit_row
-from bench.workers import OURS, Drivers, compile_drivers, require_compiler, workers
+from bench.workers import OURS, Drivers, Worker, compile_drivers, require_compiler, workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from bench.workers import Worker
 
 __all__ = ["Line", "run"]
 
@@ -175,6 +174,23 @@ def measure_flatness(drivers: Drivers, effort: Effort) -> Row:
     return Row("2.flat", text, medians[slowest], reference, "ns", ratio, 2, ratio <= 2)
 
 
+def measure_sampling(drivers: Drivers, effort: Effort) -> Row:
+    """Measure what histograms add to every allocation: as they are, less switched off."""
+    line = Line("sampling", 1, "hot", 64 * KIB)
+    numbers = line.numbers(effort)
+    added, without = [], []
+    with (
+        contextlib.closing(Worker.of_ours(drivers)) as on,
+        contextlib.closing(Worker.of_ours(drivers, settings=("time_every=0",))) as off,
+    ):
+        for _ in range(effort.n_rounds):
+            without.append(off.ask(line.work, *numbers)["ns"])
+            added.append(on.ask(line.work, *numbers)["ns"] - without[-1])
+    text = f"{line.text}: what the sampled latency histograms add"
+    reference: dict[str, float | None] = {"switched off": statistics.median(without)}
+    return limit_row(line.bar, text, line.to_reach, statistics.median(added), "ns", peers=reference)
+
+
 def numpy_rows() -> list[Row]:
     """Return the line on NumPy's own tests, from the module that runs them, if there is one."""
     if importlib.util.find_spec("bench.numpy_tests") is None:
@@ -215,6 +231,8 @@ def run(rounds: int, *, quick: bool = False) -> RowsReport:
             measured = partial(measure_line, line, drivers, effort)
             rows += guarded(line.bar, line.text, line.to_reach, measured)
         rows += guarded("2.flat", "hot, flatness", 2, lambda: [measure_flatness(drivers, effort)])
+        sampling = partial(measure_sampling, drivers, effort)
+        rows += guarded("sampling", "latency histograms", 1, lambda: [sampling()])
         rows += guarded("11", "Python", 1, lambda: python_side.rows(effort.python))
         rows += guarded("12", "NumPy's array tests", 1, numpy_rows)
         rows += guarded("13", "soak", 1, lambda: soak.rows(effort.soak, drivers))

@@ -125,8 +125,13 @@ class Worker:
         return cls(peer.name, [*under, str(drivers.executable)], peer.environment())
 
     @classmethod
-    def of_ours(cls, drivers: Drivers, under: tuple[str, ...] = ()) -> Self:
-        """Start a process that allocates from the pagealloc imported here; `under`: as above."""
+    def of_ours(
+        cls, drivers: Drivers, under: tuple[str, ...] = (), settings: tuple[str, ...] = ()
+    ) -> Self:
+        """Start a process that allocates from the pagealloc imported here.
+
+        `under` is as above; `settings` are those of the allocator, such as ``"time_every=0"``.
+        """
         import pagealloc
 
         if drivers.library is None:
@@ -138,7 +143,7 @@ class Worker:
         parent_of_package = str(Path(pagealloc.__file__).resolve().parent.parent)
         paths = [parent_of_package, os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        command = [sys.executable, str(BENCH / "worker.py"), str(drivers.library)]
+        command = [sys.executable, str(BENCH / "worker.py"), str(drivers.library), *settings]
         return cls(OURS, [*under, *command], environment)
 
     def ask(self, work: str, *numbers: int) -> dict[str, Any]:
