@@ -5,9 +5,6 @@ sequences are compared, `check()` runs, and the held bytes are cross-checked wit
 account: the sum of Pss over our mappings in ``/proc/self/smaps``.
 """
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -20,6 +17,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from mappings import CAN_WEIGH, weigh
 
 from pagealloc.core.os_memory import page_size_bytes
 from pagealloc.kv import KVCache, KVLayout
@@ -27,23 +25,6 @@ from pagealloc.kv import KVCache, KVLayout
 N_LAYERS, N_HEADS, HEAD_DIM = 2, 2, 150  # rows of 600 bytes: most pages end within a row
 MAX_TOKENS = 40
 MAX_SEQUENCES = 6
-
-SMAPS = Path("/proc/self/smaps")
-
-
-def mapped_bytes(fd):
-    """Sum of Pss over all mappings of a file, and how far rounding may push it off."""
-    head = f" {os.fstat(fd).st_ino} ".encode()  # ... inode, spaces, path
-    text = SMAPS.read_bytes()
-    pss_kib = n_mappings = 0
-    position = text.find(b"/memfd:")
-    while position >= 0:
-        if head in text[text.rfind(b"\n", 0, position) + 1 : position]:
-            pss = text.index(b"\nPss:", position) + 5
-            pss_kib += int(text[pss : text.index(b" kB", pss)])
-            n_mappings += 1
-        position = text.find(b"/memfd:", position + 1)
-    return pss_kib * 1024, n_mappings * 1024
 
 
 class Twin:
@@ -232,10 +213,10 @@ class KVMachine(RuleBasedStateMachine):
             for token in range(len(rows))
         }
         assert stats.needed_bytes == len(distinct) * self.cache.layout.token_stride
-        if SMAPS.exists():
+        if CAN_WEIGH:
             self.touch_pages()
-            pss_bytes, rounding_bytes = mapped_bytes(self.cache._store.fd)
-            assert abs(pss_bytes - stats.file_bytes) <= rounding_bytes
+            pss_bytes, n_mappings = weigh(self.cache._store.fd)
+            assert abs(pss_bytes - stats.file_bytes) <= 1024 * n_mappings
 
     def teardown(self):
         for twin in self.open:
