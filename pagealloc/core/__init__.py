@@ -25,23 +25,24 @@ this by reading the table below)::
     6  page_heap       the page runs of all arenas: growth, budget, purge
     7  slabs           the slots of one size class, cut from page runs
     8  central         the free blocks of one size class that no thread holds
-    9  thread_cache    a thread's magazines for one heap
-    10  heap_state     what a heap is made of; its size classes
-    11  heap_caches    the caches of all threads; what is idle, and how it goes back
-    12  heap_counts    what a heap holds, counted; whether that adds up
-    11  heap_latency   which allocations are timed, and into which histogram they go
-    12  heap_slow       what alloc and free do when the magazine does not do
-    12  heap_life      making and unmaking heaps; all of the process; fork
-    13  heap           the way of one allocation, and of one free
-    14  heap_owner     Heap: the Python owner of a heap: settings, errors, stats
-    15  buffer         Buffer: the Python handle of one slot or run
-    16  batch          Batch: many blocks under one handle
-    17  exact          ExactClass: blocks of a caller's own size, not rounded
-    18  allocator      PageAllocator: the Python face
-    19  idle_items     IdleItems: what lies idle in a pool, and what it knows of every item
-    20  pool           Pool: idle Buffers and objects, kept for reuse
-    19  c_api          heaps for native code of other packages: cimport, and a table for C
-    19  numpy_handler  NumPy's arrays in an allocator's memory (NEP 49)
+    9  thread_cache    a thread's magazines for one heap, as the thread uses them
+    10  collector      what others do with a thread's magazines
+    11  heap_state     what a heap is made of; its size classes
+    12  heap_caches    the caches of all threads; what is idle, and how it goes back
+    12  heap_latency   which allocations are timed, and into which histogram they go
+    13  heap_counts    what a heap holds, counted; whether that adds up
+    13  heap_slow      what alloc and free do when the magazine does not do
+    13  heap_life      making and unmaking heaps; all of the process; fork
+    14  heap           the way of one allocation, and of one free
+    15  heap_owner     Heap: the Python owner of a heap: settings, errors, stats
+    16  buffer         Buffer: the Python handle of one slot or run
+    17  batch          Batch: many blocks under one handle
+    18  exact          ExactClass: blocks of a caller's own size, not rounded
+    19  allocator      PageAllocator: the Python face
+    20  idle_items     IdleItems: what lies idle in a pool, and what it knows of every item
+    21  pool           Pool: idle Buffers and objects, kept for reuse
+    20  c_api          heaps for native code of other packages: cimport, and a table for C
+    20  numpy_handler  NumPy's arrays in an allocator's memory (NEP 49)
 
     Windows, from the bottom up; they share nothing with arenas but the first two floors:
 

@@ -34,6 +34,13 @@ from pagealloc.core.block_map cimport (
     block_class,
 )
 from pagealloc.core.central cimport central_collect, central_put, central_trim
+from pagealloc.core.collector cimport (
+    collector_collect,
+    collector_count_idle,
+    collector_drain,
+    collector_fill_inbox,
+    collector_take_outbox,
+)
 from pagealloc.core.heap_state cimport MAX_SIZE_CLASSES, heap_t, next_class
 from pagealloc.core.mutex cimport mutex_lock, mutex_trylock, mutex_unlock
 from pagealloc.core.os_memory cimport os_coarse_now_ns
@@ -42,14 +49,9 @@ from pagealloc.core.page_heap cimport page_heap_trim
 from pagealloc.core.page_map cimport block_t
 from pagealloc.core.thread_cache cimport (
     outbox_t,
-    thread_cache_accept,
-    thread_cache_collect,
-    thread_cache_count_idle,
     thread_cache_delete,
-    thread_cache_drain,
     thread_cache_note_conflict,
     thread_cache_t,
-    thread_cache_take_outbox,
 )
 
 cdef enum:
@@ -88,10 +90,10 @@ cdef void deliver(heap_t *heap, block_t *blocks, uint32_t n, uint16_t tag) noexc
     cdef thread_cache_t *cache = heap.cache_of_tag[tag]
     cdef uint32_t n_accepted
     while cache != NULL and n:
-        n_accepted = thread_cache_accept(cache, blocks, n)
+        n_accepted = collector_fill_inbox(cache, blocks, n)
         blocks += n_accepted
         n -= n_accepted
-        if n and not thread_cache_drain(cache, heap.centrals, &heap.blocks, False):
+        if n and not collector_drain(cache, heap.centrals, &heap.blocks, False):
             break
     while n:            # by exchange: nobody's lock keeps others from freeing them as well
         if atomic_swap_u16(blocks.state, tag | STATE_MARK, STATE_FREE):
@@ -109,7 +111,7 @@ cdef size_t class_of(heap_t *heap, const block_t *block) noexcept nogil:
 cdef void deliver_outbox(heap_t *heap, thread_cache_t *cache) noexcept nogil:
     cdef outbox_t outbox
     cdef uint32_t i = 0, end
-    thread_cache_take_outbox(cache, &outbox)
+    collector_take_outbox(cache, &outbox)
     while i < outbox.n:
         end = i + 1
         while end < outbox.n and outbox.tags[end] == outbox.tags[i]:
@@ -122,7 +124,7 @@ cdef void heap_retire_cache(heap_t *heap, thread_cache_t *cache, bint for_good) 
     """Empty a cache whose lock is orphaned, and delete it; the caller holds caches_mutex."""
     cdef int i
     deliver_outbox(heap, cache)
-    thread_cache_drain(cache, heap.centrals, &heap.blocks, for_good)
+    collector_drain(cache, heap.centrals, &heap.blocks, for_good)
     if cache.tag != STATE_SHARED:
         heap.cache_of_tag[cache.tag] = NULL
     i = next_class(heap, 0)
@@ -188,7 +190,7 @@ cdef void heap_count_idle(heap_t *heap, int64_t *n_idle) noexcept nogil:
     cdef thread_cache_t *cache = heap.caches
     cdef int i
     while cache != NULL:
-        thread_cache_count_idle(cache, &heap.blocks, n_idle)
+        collector_count_idle(cache, &heap.blocks, n_idle)
         cache = cache.next
     i = next_class(heap, 0)
     while i < MAX_SIZE_CLASSES:
@@ -238,7 +240,7 @@ cdef void heap_reclaim(heap_t *heap) noexcept nogil:
         if cache.is_orphan:
             heap_retire_cache(heap, cache, True)
         else:
-            thread_cache_drain(cache, heap.centrals, &heap.blocks, True)
+            collector_drain(cache, heap.centrals, &heap.blocks, True)
         cache = next_cache
     mutex_unlock(&heap.caches_mutex)
     i = next_class(heap, 0)
@@ -266,7 +268,7 @@ cdef void heap_collect(heap_t *heap) noexcept nogil:
         if cache.is_orphan:
             heap_retire_cache(heap, cache, True)
         else:
-            thread_cache_collect(cache, heap.centrals, &heap.blocks)
+            collector_collect(cache, heap.centrals, &heap.blocks)
         cache = next_cache
     mutex_unlock(&heap.caches_mutex)
     i = next_class(heap, 0)

@@ -17,6 +17,7 @@ from libc.stdint cimport int64_t
 from pagealloc.core.atomics cimport atomic_load_i64, atomic_store_i64
 from pagealloc.core.block_map cimport FIRST_RUN_CLASS
 from pagealloc.core.heap_state cimport heap_t
+from pagealloc.core.collector cimport collector_time_every
 from pagealloc.core.latency cimport (
     latency_group_of_pages,
     latency_histograms,
@@ -25,7 +26,7 @@ from pagealloc.core.latency cimport (
 )
 from pagealloc.core.mutex cimport mutex_lock, mutex_unlock
 from pagealloc.core.size_class cimport size_class_of
-from pagealloc.core.thread_cache cimport thread_cache_t, thread_cache_time_every
+from pagealloc.core.thread_cache cimport thread_cache_t
 
 from pagealloc.core.latency_histogram import size_group_labels
 
@@ -52,7 +53,7 @@ cdef void heap_time_every(heap_t *heap, int64_t every) noexcept nogil:
     atomic_store_i64(&heap.time_every, every)
     cache = heap.caches
     while cache != NULL:
-        thread_cache_time_every(cache, every)
+        collector_time_every(cache, every)
         cache = cache.next
     mutex_unlock(&heap.caches_mutex)
 

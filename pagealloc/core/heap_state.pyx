@@ -32,10 +32,10 @@ from pagealloc.core.central cimport (
     central_t,
     run_key,
 )
+from pagealloc.core.collector cimport collector_forget
 from pagealloc.core.mutex cimport mutex_lock, mutex_unlock
 from pagealloc.core.page_heap cimport page_heap_run_bytes
 from pagealloc.core.size_class cimport NO_CLASS, size_class_aligned, size_classes_init
-from pagealloc.core.thread_cache cimport thread_cache_forget
 
 
 cdef void heap_init_classes(heap_t *heap) noexcept nogil:
@@ -108,7 +108,7 @@ cdef bint forget_class(heap_t *heap, int size_class) noexcept nogil:
     mutex_lock(&heap.caches_mutex)
     cache = heap.caches
     while cache != NULL and done:
-        done = thread_cache_forget(cache, size_class)
+        done = collector_forget(cache, size_class)
         cache = cache.next
     mutex_unlock(&heap.caches_mutex)
     return done

@@ -4,9 +4,10 @@ The inline half: popping and pushing a block, as the owner does it.  A pop or pu
 plain loads and stores: no lock, no atomic read-modify-write, no call.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pagealloc.core.atomics cimport (
+    atomic_load_i64,
     atomic_load_ptr,
     atomic_load_u16,
     atomic_load_u32,
@@ -23,7 +24,7 @@ from pagealloc.core.block_map cimport (
     block_map_t,
     mark_returning,
 )
-from pagealloc.core.central cimport central_t
+from pagealloc.core.central cimport central_t, count_trailing_zeros
 from pagealloc.core.mutex cimport mutex_t
 from pagealloc.core.page_map cimport block_t
 from pagealloc.core.owner_lock cimport owner_enter, owner_leave, owner_lock_t
@@ -108,22 +109,15 @@ cdef int thread_cache_return(
     thread_cache_t *cache, central_t *central, block_t block, uint16_t tag
 ) noexcept nogil
 
+# For the collector, which has seized the lock.
+cdef bint thread_cache_settle(
+    thread_cache_t *cache, central_t *centrals, block_map_t *map, int64_t n, bint into_magazines
+) noexcept nogil
+cdef int64_t thread_cache_next_timed(
+    thread_cache_t *cache, int64_t n_allocs, int64_t every
+) noexcept nogil
+
 # By anybody.
-cdef int64_t thread_cache_take_outbox(thread_cache_t *cache, outbox_t *outbox) noexcept nogil
-cdef uint32_t thread_cache_accept(
-    thread_cache_t *cache, const block_t *blocks, uint32_t n
-) noexcept nogil
-cdef bint thread_cache_drain(
-    thread_cache_t *cache, central_t *centrals, block_map_t *map, bint for_good
-) noexcept nogil
-cdef void thread_cache_collect(
-    thread_cache_t *cache, central_t *centrals, block_map_t *map
-) noexcept nogil
-cdef bint thread_cache_forget(thread_cache_t *cache, int size_class) noexcept nogil
-cdef void thread_cache_count_idle(
-    thread_cache_t *cache, block_map_t *map, int64_t *n_idle
-) noexcept nogil
-cdef void thread_cache_time_every(thread_cache_t *cache, int64_t every) noexcept nogil
 cdef void thread_cache_note_conflict() noexcept nogil
 cdef int64_t thread_cache_n_conflicts() noexcept nogil
 
@@ -132,6 +126,23 @@ cdef inline int64_t magazine_n(const magazine_t *magazine) noexcept nogil:
     """How many blocks are in it, as far as can be told from outside."""
     cdef block_t *top = <block_t *>atomic_load_ptr(<void **>&magazine.top)
     return 0 if top == NULL else top - magazine.blocks
+
+
+cdef inline void magazine_set_n(magazine_t *magazine, int64_t n) noexcept nogil:
+    atomic_store_ptr(<void **>&magazine.top, magazine.blocks + n)
+
+
+cdef inline int thread_cache_next_used(
+    const thread_cache_t *cache, int size_class
+) noexcept nogil:
+    """The first class from `size_class` on whose magazine was ever used; MAX_SIZE_CLASSES: none."""
+    cdef uint64_t bits
+    while size_class < MAX_SIZE_CLASSES:
+        bits = <uint64_t>atomic_load_i64(&cache.used[size_class // 64]) >> (size_class % 64)
+        if bits:
+            return size_class + count_trailing_zeros(bits)
+        size_class = (size_class | 63) + 1
+    return MAX_SIZE_CLASSES
 
 
 cdef inline char *magazine_pop(thread_cache_t *cache, size_t size_class) noexcept nogil:

@@ -1,8 +1,7 @@
-"""A thread's magazines: what happens when one is empty, full, or unused.
+"""A thread's magazines and boxes: what happens when they are empty or full.
 
 Purpose
-    Let a thread allocate and free without meeting any other thread; see to it that what it does not
-    use finds its way back.
+    Let a thread allocate and free without meeting any other thread.
 Structure
     magazines   [b0 b1 b2 ... ]  one a size class; pop and push at the end
                 refilled with up to half a magazine from the central list, or from the inbox;
@@ -47,13 +46,7 @@ from pagealloc.core.block_map cimport (
     block_class,
     block_map_t,
 )
-from pagealloc.core.central cimport (
-    central_give_back,
-    central_put,
-    central_t,
-    central_take,
-    count_trailing_zeros,
-)
+from pagealloc.core.central cimport central_put, central_t, central_take
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
 from pagealloc.core.os_memory cimport (
     MADV_NOHUGEPAGE,
@@ -63,19 +56,10 @@ from pagealloc.core.os_memory cimport (
     os_reserve,
 )
 from pagealloc.core.page_map cimport block_t
-from pagealloc.core.owner_lock cimport (
-    owner_enter_surely,
-    owner_leave_surely,
-    owner_lock_init,
-    owner_lock_release,
-    owner_lock_seize,
-)
+from pagealloc.core.owner_lock cimport owner_enter_surely, owner_leave_surely, owner_lock_init
 
 cdef extern from * nogil:
     void prefetch "__builtin_prefetch"(const void *address, int for_writing)
-
-cdef enum:
-    PREFETCHED = 8              # inbox entries ahead
 
 cdef int64_t n_conflicts = 0    # blocks found to have been freed twice in one instant; atomic
 
@@ -108,10 +92,6 @@ cdef void thread_cache_delete(thread_cache_t *cache) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # Magazines, by whoever holds the mutex
 
-cdef inline void set_n(magazine_t *magazine, int64_t n) noexcept nogil:
-    atomic_store_ptr(<void **>&magazine.top, magazine.blocks + n)
-
-
 cdef void open_magazine(
     thread_cache_t *cache, magazine_t *magazine, const central_t *central
 ) noexcept nogil:
@@ -119,19 +99,8 @@ cdef void open_magazine(
     cdef size_t capacity = MAGAZINE_MAX_BYTES // central.block_bytes
     cdef int64_t *used = &cache.used[central.size_class // 64]
     magazine.limit = magazine.blocks + (capacity if capacity < MAGAZINE_SLOTS else MAGAZINE_SLOTS)
-    set_n(magazine, 0)
+    magazine_set_n(magazine, 0)
     atomic_store_i64(used, used[0] | <int64_t>(<uint64_t>1 << (central.size_class % 64)))
-
-
-cdef inline int next_used(const thread_cache_t *cache, int size_class) noexcept nogil:
-    """The first class from `size_class` on whose magazine was ever used; MAX_SIZE_CLASSES: none."""
-    cdef uint64_t bits
-    while size_class < MAX_SIZE_CLASSES:
-        bits = <uint64_t>atomic_load_i64(&cache.used[size_class // 64]) >> (size_class % 64)
-        if bits:
-            return size_class + count_trailing_zeros(bits)
-        size_class = (size_class | 63) + 1
-    return MAX_SIZE_CLASSES
 
 
 cdef inline void put(
@@ -159,20 +128,12 @@ cdef void put_slow(
         central_put(central, magazine.blocks, n_spilled)
         n -= n_spilled
         memmove(magazine.blocks, magazine.blocks + n_spilled, <size_t>n * sizeof(block_t))
-        set_n(magazine, n)
+        magazine_set_n(magazine, n)
     if magazine.top < magazine.limit:
         magazine.top[0] = block
-        set_n(magazine, n + 1)
+        magazine_set_n(magazine, n + 1)
     else:                               # larger than any magazine
         central_put(central, &block, 1)
-
-
-cdef int64_t empty_magazine(magazine_t *magazine, block_t *blocks) noexcept nogil:
-    cdef int64_t n = magazine_n(magazine)
-    memcpy(blocks, magazine.blocks, <size_t>n * sizeof(block_t))
-    if n:
-        set_n(magazine, 0)
-    return n
 
 
 cdef uint32_t take_from_inbox(
@@ -192,7 +153,7 @@ cdef uint32_t take_from_inbox(
     return n
 
 
-cdef bint settle_inbox(
+cdef bint thread_cache_settle(
     thread_cache_t *cache, central_t *centrals, block_map_t *map, int64_t n, bint into_magazines
 ) noexcept nogil:
     """Make up to `n` blocks free that others freed: into the magazines, or to the central lists.
@@ -237,7 +198,7 @@ cdef bint thread_cache_refill(
     capacity = magazine.limit - magazine.blocks if magazine.limit != NULL else 0
     n = magazine_n(magazine)
     if n == 0 and atomic_load_u32(&cache.inbox.n):
-        settle_inbox(
+        thread_cache_settle(
             cache, centrals, map, capacity if capacity > 0 else MAGAZINE_SLOTS, True
         )
         n = magazine_n(magazine)
@@ -250,13 +211,15 @@ cdef bint thread_cache_refill(
     if n:
         block[0] = magazine.blocks[n - 1]
         atomic_store_u16(block.state, cache.tag)
-        set_n(magazine, n - 1)
+        magazine_set_n(magazine, n - 1)
         atomic_bump_i64(&magazine.n_allocs)
     owner_leave_surely(&cache.lock, by_flag)
     return n > 0
 
 
-cdef int64_t next_timed(thread_cache_t *cache, int64_t n_allocs, int64_t every) noexcept nogil:
+cdef int64_t thread_cache_next_timed(
+    thread_cache_t *cache, int64_t n_allocs, int64_t every
+) noexcept nogil:
     """When to take the time next: after `every` allocations on average, at no regular distance."""
     if every == 0:
         return INT64_MAX
@@ -271,14 +234,14 @@ cdef bint thread_cache_is_timed(
 ) noexcept nogil:
     """True if the time of the allocation that comes now is to be taken; sets when the next is.
 
-    `every` as for thread_cache_time_every, which finds no magazine that was never used.
+    `every` as for collector_time_every, which finds no magazine that was never used.
     """
     cdef magazine_t *magazine = &cache.magazines[size_class]
     cdef int64_t due = magazine.next_timed
     if magazine.n_allocs + 1 < due or magazine.limit == NULL:
         return False
     mutex_lock(&cache.lock.mutex)       # read under it: who changes it comes here next
-    magazine.next_timed = next_timed(cache, magazine.n_allocs, atomic_load_i64(every))
+    magazine.next_timed = thread_cache_next_timed(cache, magazine.n_allocs, atomic_load_i64(every))
     mutex_unlock(&cache.lock.mutex)
     return due > 0      # 0: the first one ever, which is like no other
 
@@ -328,170 +291,6 @@ cdef int thread_cache_return(
         )
     owner_leave_surely(&cache.lock, by_flag)
     return outcome
-
-
-# ---------------------------------------------------------------------------------------------
-# By anybody
-
-cdef int64_t thread_cache_take_outbox(thread_cache_t *cache, outbox_t *outbox) noexcept nogil:
-    """Move the outbox into `outbox`: how many blocks.
-
-    By its owner, or by others: then 0 if the kernel refuses to keep the owner out.
-    """
-    cdef bint is_owner = pthread_equal(cache.thread, pthread_self())
-    outbox.n = 0
-    if is_owner:
-        mutex_lock(&cache.lock.mutex)
-    elif atomic_load_u32(&cache.outbox.n) == 0 or not owner_lock_seize(&cache.lock):
-        return 0
-    memcpy(outbox, &cache.outbox, sizeof(outbox_t))
-    atomic_store_u32(&cache.outbox.n, 0)
-    if is_owner:
-        mutex_unlock(&cache.lock.mutex)
-    else:
-        owner_lock_release(&cache.lock)
-    return outbox.n
-
-
-cdef uint32_t thread_cache_accept(
-    thread_cache_t *cache, const block_t *blocks, uint32_t n
-) noexcept nogil:
-    """Put blocks the owner had allocated into its inbox: how many found room."""
-    mutex_lock(&cache.inbox.mutex)
-    if n > INBOX_SLOTS - cache.inbox.n:
-        n = INBOX_SLOTS - cache.inbox.n
-    memcpy(cache.inbox.blocks + cache.inbox.n, blocks, n * sizeof(block_t))
-    atomic_store_u32(&cache.inbox.n, cache.inbox.n + n)
-    mutex_unlock(&cache.inbox.mutex)
-    return n
-
-
-cdef bint thread_cache_drain(
-    thread_cache_t *cache, central_t *centrals, block_map_t *map, bint for_good
-) noexcept nogil:
-    """Empty inbox and magazines into the central lists; `for_good`: magazines to the page heap.
-
-    False, and nothing changed, if the kernel refuses to keep the owner out.
-    """
-    cdef block_t blocks[MAGAZINE_SLOTS]
-    cdef int64_t n
-    cdef int i
-    if not owner_lock_seize(&cache.lock):
-        return False
-    while settle_inbox(cache, centrals, map, MAGAZINE_SLOTS, False):
-        pass
-    i = next_used(cache, 0)
-    while i < MAX_SIZE_CLASSES:
-        n = empty_magazine(&cache.magazines[i], blocks)
-        if n and for_good:
-            central_give_back(&centrals[i], blocks, n)
-        elif n:
-            central_put(&centrals[i], blocks, n)
-        i = next_used(cache, i + 1)
-    owner_lock_release(&cache.lock)
-    return True
-
-
-cdef bint is_unused(magazine_t *magazine, magazine_age_t *age) noexcept nogil:
-    """True if a magazine holds blocks and has neither given nor taken any since the last look."""
-    cdef int64_t n_allocs = atomic_load_i64(&magazine.n_allocs)
-    cdef int64_t n = magazine_n(magazine)
-    cdef bint unused = n and n == age.n and n_allocs == age.n_allocs
-    age.n = n
-    age.n_allocs = n_allocs
-    return unused
-
-
-cdef void thread_cache_collect(
-    thread_cache_t *cache, central_t *centrals, block_map_t *map
-) noexcept nogil:
-    """One collection: a magazine unused since the last one is a victim; a victim goes back.
-
-    So does what others have freed.  The caller sees to it that there is one collection at a time.
-    """
-    cdef block_t blocks[MAGAZINE_SLOTS]
-    cdef int64_t n
-    cdef bint unused
-    cdef bint is_seized = False
-    cdef int i = next_used(cache, 0)
-    if atomic_load_u32(&cache.inbox.n) and owner_lock_seize(&cache.lock):
-        is_seized = True
-        while settle_inbox(cache, centrals, map, MAGAZINE_SLOTS, False):
-            pass
-    while i < MAX_SIZE_CLASSES:
-        unused = is_unused(&cache.magazines[i], &cache.ages[i])
-        if unused and cache.ages[i].is_victim:
-            # Only now is the owner disturbed: an idle thread's magazines cost the barrier once.
-            if not is_seized and not owner_lock_seize(&cache.lock):
-                return      # at the next collection, then
-            is_seized = True
-            n = empty_magazine(&cache.magazines[i], blocks)
-            if n:
-                central_give_back(&centrals[i], blocks, n)
-            unused = False
-        cache.ages[i].is_victim = unused
-        i = next_used(cache, i + 1)
-    if is_seized:
-        owner_lock_release(&cache.lock)
-
-
-cdef bint thread_cache_forget(thread_cache_t *cache, int size_class) noexcept nogil:
-    """Close an empty magazine, for its class is about to be that of another size.
-
-    False if it is not empty, which it was when the caller looked, or if the kernel refuses to keep
-    the owner out.
-    """
-    cdef bint is_empty
-    if not owner_lock_seize(&cache.lock):
-        return False
-    is_empty = magazine_n(&cache.magazines[size_class]) == 0
-    if is_empty:
-        cache.magazines[size_class].top = NULL
-        cache.magazines[size_class].limit = NULL
-    owner_lock_release(&cache.lock)
-    return is_empty
-
-
-cdef inline void count_returning(
-    block_map_t *map, const block_t *block, uint16_t tag, int64_t *n_idle
-) noexcept nogil:
-    """Count a block in a box; not one that two threads freed, and the other free had it."""
-    if atomic_load_u16(block.state) == (tag | STATE_MARK):
-        n_idle[block_class(map, block_chunk(map, block.address), block.address)] += 1
-
-
-cdef void thread_cache_count_idle(
-    thread_cache_t *cache, block_map_t *map, int64_t *n_idle
-) noexcept nogil:
-    """Add its free blocks to the counts of their classes."""
-    cdef bint is_seized = False
-    cdef uint32_t k
-    cdef int i = next_used(cache, 0)
-    while i < MAX_SIZE_CLASSES:
-        n_idle[i] += magazine_n(&cache.magazines[i])
-        i = next_used(cache, i + 1)
-    if atomic_load_u32(&cache.outbox.n):
-        is_seized = owner_lock_seize(&cache.lock)
-    if is_seized:
-        for k in range(cache.outbox.n):
-            count_returning(map, &cache.outbox.blocks[k], cache.outbox.tags[k], n_idle)
-        owner_lock_release(&cache.lock)
-    mutex_lock(&cache.inbox.mutex)
-    for k in range(cache.inbox.n):
-        count_returning(map, &cache.inbox.blocks[k], cache.tag, n_idle)
-    mutex_unlock(&cache.inbox.mutex)
-
-
-cdef void thread_cache_time_every(thread_cache_t *cache, int64_t every) noexcept nogil:
-    """From now on take the time of one allocation in `every`; 0: of none."""
-    cdef int i
-    if not owner_lock_seize(&cache.lock):
-        return
-    i = next_used(cache, 0)
-    while i < MAX_SIZE_CLASSES:
-        cache.magazines[i].next_timed = next_timed(cache, cache.magazines[i].n_allocs, every)
-        i = next_used(cache, i + 1)
-    owner_lock_release(&cache.lock)
 
 
 cdef void thread_cache_note_conflict() noexcept nogil:
