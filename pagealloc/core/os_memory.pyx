@@ -11,7 +11,7 @@ Invariants
     os_page_bytes() is a power of two; os_huge_page_bytes() is a power of two and a multiple of it.
     0 <= os_numa_node() < os_numa_node_count() <= OS_MAX_NUMA_NODES
 Locking
-    None.  `calls[].n_calls` is atomic; the refusals are set by single-threaded tests.
+    None.  All of `calls` is atomic; one test at a time sets refusals.
 Units
     Bytes throughout; nanoseconds for the clock.
 """
@@ -40,7 +40,7 @@ from posix.stat cimport fchmod, fstat, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, clockid_t, timespec
 from posix.unistd cimport close, ftruncate, pwrite
 
-from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64
+from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64, atomic_store_i64
 
 from pagealloc.options import OPTIONS as _OPTIONS
 from pagealloc.options import option_value
@@ -94,7 +94,7 @@ cdef struct os_call:
     int64_t n_calls
     int64_t n_let_through   # calls that still succeed before the refusals begin
     int64_t n_refusals      # calls still to refuse; 0 = none, negative = every one
-    int refusal_errno
+    int64_t refusal_errno
 
 cdef os_call calls[N_CALLS]
 cdef size_t page_bytes
@@ -111,14 +111,14 @@ cdef inline bint refused(int call) noexcept nogil:
     """Count one kernel call; true if a test wants it refused (errno is then set)."""
     cdef os_call *entry = &calls[call]
     atomic_add_i64(&entry.n_calls, 1)
-    if entry.n_refusals == 0:
+    if atomic_load_i64(&entry.n_refusals) == 0:
         return False
-    if entry.n_let_through > 0:
-        entry.n_let_through -= 1
+    if atomic_load_i64(&entry.n_let_through) > 0:
+        atomic_add_i64(&entry.n_let_through, -1)
         return False
-    if entry.n_refusals > 0:
-        entry.n_refusals -= 1
-    set_errno(entry.refusal_errno)
+    if atomic_load_i64(&entry.n_refusals) > 0:
+        atomic_add_i64(&entry.n_refusals, -1)
+    set_errno(<int>atomic_load_i64(&entry.refusal_errno))
     return True
 
 
@@ -449,9 +449,9 @@ def refuse(call: str, error: int = _errno.ENOMEM, *, skip: int = 0, times: int =
     if call not in CALL_NAMES:
         raise ValueError(f"call={call!r} is none of {', '.join(CALL_NAMES)}")
     entry = &calls[<int>CALL_NAMES.index(call)]
-    entry.n_let_through = skip
-    entry.refusal_errno = error
-    entry.n_refusals = times
+    atomic_store_i64(&entry.n_let_through, skip)
+    atomic_store_i64(&entry.refusal_errno, error)
+    atomic_store_i64(&entry.n_refusals, times)
 
 
 @contextmanager
