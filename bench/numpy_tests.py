@@ -128,6 +128,8 @@ class _Child:
     """One of the two processes."""
 
     def __init__(self, mode: str, files: Sequence[Path], folder: Path) -> None:
+        import pagealloc
+
         self.mode = mode
         self.json = folder / f"{mode}.json"
         self.log = folder / f"{mode}.log"
@@ -135,6 +137,8 @@ class _Child:
         work.mkdir()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         environment["NPY_AVAILABLE_MEM"] = AVAILABLE_MEMORY
+        # The package measured is the one imported here, wherever it lies.
+        environment["PYTHONPATH"] = str(Path(pagealloc.__file__).resolve().parent.parent)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, "--child", mode, self.json, *files],

@@ -119,6 +119,13 @@ cdef void count_live_of_page(
             n_live[size_class] += is_live(atomic_load_u16(&states[i]))
 
 
+cdef bint lie_apart(const heap_t *heap, const thread_cache_t *cache) noexcept nogil:
+    """True if alloc and free load from the heap, and store here, at different page offsets."""
+    cdef size_t loaded_bytes = <const char *>heap.class_of_pages - <const char *>heap
+    cdef size_t stored_at = <const char *>&cache.own_state - <const char *>cache
+    return loaded_bytes <= stored_at and stored_at + sizeof(cache.lock) <= 4096
+
+
 cdef const char *heap_check(heap_t *heap) noexcept nogil:
     """NULL, or which invariant is broken.  Exact only while no other thread uses the heap."""
     cdef const char *broken = page_heap_check(&heap.pages)
@@ -130,6 +137,8 @@ cdef const char *heap_check(heap_t *heap) noexcept nogil:
     memset(n_live, 0, sizeof(n_live))
     heap_hold(heap)
     count_classes(heap, counts)
+    if broken == NULL and heap.caches != NULL and not lie_apart(heap, heap.caches):
+        broken = "stores into a thread's cache hold up loads from the heap"
     mutex_lock(&heap.pages.mutex)
     arena = heap.pages.arenas
     while arena != NULL:

@@ -42,6 +42,7 @@ cdef enum:
     MAGAZINE_MAX_BYTES = 64 << 20   # a magazine holds no more than that
     OUTBOX_SLOTS = MAGAZINE_SLOTS   # and no more blocks than a magazine of their class could hold
     INBOX_SLOTS = 1024
+    BEHIND_HEAP_BYTES = 0x800
 
 cdef enum:                          # what becomes of a block for the outbox
     OUTBOX_REFUSED
@@ -80,6 +81,10 @@ cdef struct thread_cache_t:         # page-aligned
     bint is_orphan                  # its thread is gone: a child has only the one that forked
     uint32_t n_slow                 # times the owner was here for more than a pop or push
     uint32_t random                 # state of the xorshift that spaces timed allocations
+    # A load whose address has the same lowest 12 bits as a store before may be held up by it.  So
+    # what alloc and free store next keeps to page offsets at which heap_t, another mapping, has
+    # nothing that they load, but for a few entries of `class_of_pages`; heap_check() looks.
+    uint8_t behind_heap[BEHIND_HEAP_BYTES]
     uint32_t own_state              # the state of its live blocks, or 65536, which no state is,
     uint16_t tag                    # ... for STATE_SHARED; and the same without this exception
     owner_lock_t lock
