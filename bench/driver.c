@@ -59,7 +59,8 @@ static void print_identity(void)
     void *symbol = dlsym(RTLD_DEFAULT, "posix_memalign"), *found;
     dladdr(symbol, &info);
     if ((found = dlsym(RTLD_DEFAULT, "mi_version"))) {
-        snprintf(number, sizeof number, "%d", ((int (*)(void))found)());
+        int n = ((int (*)(void))found)();  /* 209: 2.0.9 */
+        snprintf(number, sizeof number, "%d.%d.%d", n / 100, n / 10 % 10, n % 10);
         version = number;
     } else if ((found = dlsym(RTLD_DEFAULT, "tc_version"))) {
         int major, minor;
