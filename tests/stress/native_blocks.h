@@ -2,6 +2,7 @@
  *
  * What a block must contain follows from its address, its length and who allocated it, which are
  * kept outside of it: a block that is handed out twice, or moved, or cleared, does not match.
+ * PAGE_BYTES is the compiler's to say: the page size that the allocator under test works with.
  */
 #ifndef NATIVE_BLOCKS_H
 #define NATIVE_BLOCKS_H
@@ -13,7 +14,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#define SMALLEST_PAGE_BYTES 4096 /* stamping more often than once a page does no harm */
+#define STAMP_EVERY_BYTES 4096 /* more often than once a page does no harm */
 #define HUGE_PAGE_BYTES ((size_t)2 << 20)
 
 static const pagealloc_api *api;
@@ -73,9 +74,9 @@ static size_t choose_nbytes(uint64_t *random, size_t max_bytes, size_t *align_by
         nbytes = 8 + r % 2500;
         *align_bytes = kind < 26 ? (size_t)64 << r % 6 : 0;
     } else if (kind < 56) {
-        nbytes = SMALLEST_PAGE_BYTES * (1 + r % 4);
+        nbytes = PAGE_BYTES * (1 + r % 4);
     } else if (kind < 62) {
-        nbytes = 1 + r % (64 * SMALLEST_PAGE_BYTES);
+        nbytes = 1 + r % (64 * PAGE_BYTES);
     } else if (kind < 63 || max_bytes < HUGE_PAGE_BYTES) {
         nbytes = 1 + r % max_bytes;
     } else {
@@ -97,7 +98,7 @@ static uint64_t stamp_at(const block *block, size_t offset)
 static void stamp(const block *block)
 {
     const size_t last = (block->nbytes - 8) & ~(size_t)7;
-    for (size_t offset = 0; offset < last; offset += SMALLEST_PAGE_BYTES) {
+    for (size_t offset = 0; offset < last; offset += STAMP_EVERY_BYTES) {
         *(uint64_t *)(block->address + offset) = stamp_at(block, offset);
     }
     *(uint64_t *)(block->address + last) = stamp_at(block, last);
@@ -106,7 +107,7 @@ static void stamp(const block *block)
 static bool verify(trial *trial, const block *block)
 {
     const size_t last = (block->nbytes - 8) & ~(size_t)7;
-    for (size_t offset = 0; offset < last; offset += SMALLEST_PAGE_BYTES) {
+    for (size_t offset = 0; offset < last; offset += STAMP_EVERY_BYTES) {
         if (*(const uint64_t *)(block->address + offset) != stamp_at(block, offset)) {
             fail(trial, "not what was written, at offset", block, (long long)offset);
             return false;
@@ -123,7 +124,7 @@ static bool verify(trial *trial, const block *block)
 static void begin(trial *trial, const block *block, size_t align_bytes)
 {
     if (align_bytes == 0) {
-        align_bytes = block->nbytes < SMALLEST_PAGE_BYTES ? 64 : SMALLEST_PAGE_BYTES;
+        align_bytes = block->nbytes < PAGE_BYTES ? 64 : PAGE_BYTES;
     }
     if ((uintptr_t)block->address % align_bytes) {
         fail(trial, "not aligned to", block, (long long)align_bytes);

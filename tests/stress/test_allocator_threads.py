@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
-from stress import assert_nothing_is_left, in_child
+from stress import assert_nothing_is_left, in_child, running
 
 from pagealloc import ClosedError, PageAllocator
 
@@ -43,14 +43,8 @@ def churning(allocator):
         threading.Thread(target=churn, args=(allocator, mailbox, stop, seed, failures))
         for seed in range(1, N_THREADS + 1)
     ]
-    for thread in threads:
-        thread.start()
-    try:
+    with running(stop, *threads):
         yield
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
     assert not failures
     for fill, buffer in mailbox:
         assert (np.frombuffer(buffer, np.uint8) == fill).all()
@@ -104,20 +98,14 @@ def test_a_forked_child_knows_what_is_live_and_can_close(duration_s):
             while not stop.is_set():
                 allocator.alloc(100).close()
 
-        thread = threading.Thread(target=churn_slots)
-        thread.start()
-
         def work(allocator=allocator):
             n_live = allocator.stats().n_live
             assert n_live in (0, 1)
             if n_live == 0:
                 allocator.close()
 
-        try:
+        with running(stop, threading.Thread(target=churn_slots)):
             assert in_child(work) == 0
-        finally:
-            stop.set()
-            thread.join()
         allocator.close()
 
 

@@ -11,12 +11,12 @@ import traceback
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from stress import in_child, running
 
 from pagealloc.errors import ForkedError
 from pagealloc.kv import KVCache, KVLayout
 
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 3, 64
-CHILD_SECONDS = 60
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork() on this platform"),
@@ -84,29 +84,6 @@ def work(prompt, seed, stop, failures):
         failures.append(traceback.format_exc())
 
 
-def in_child(run):
-    """Run something in a forked child; return its exit code, or None if it hangs."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            run()
-            code = 0
-        except BaseException:  # noqa: BLE001  nothing may escape into pytest's copy
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    end = time.monotonic() + CHILD_SECONDS
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
-    os.kill(pid, signal.SIGABRT)  # pytest's fault handler shows where it hangs
-    os.waitpid(pid, 0)
-    return None
-
-
 @pytest.mark.fork_under_load
 @pytest.mark.parametrize("order", ["interleaved", "block"])
 def test_fork_under_load(duration_s, order):
@@ -138,19 +115,12 @@ def test_fork_under_load(duration_s, order):
             append_rows(seq, more)
             assert_rows(seq, more)
 
-    for thread in threads:
-        thread.start()
-    try:
+    with running(stop, *threads):
         end = time.monotonic() + duration_s
         while time.monotonic() < end:
             assert in_child(read_and_try_to_write) == 0
             assert not failures, failures[0]
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(CHILD_SECONDS)
     assert not failures, failures[0]
-    assert not any(thread.is_alive() for thread in threads)
     assert_rows(prompt, rows[:100])
     assert_rows(heir, rows)
     cache.check()
@@ -171,7 +141,6 @@ def test_a_child_cannot_write_into_the_parent(order):
     append_rows(seq, rows)
 
     def write_past_all_checks():
-
         faulthandler.disable()
         ctypes.memset(seq._window.address, 0xFF, 16)
 
@@ -203,16 +172,12 @@ def test_threads_on_sequences_of_their_own(duration_s):
     threads = [
         threading.Thread(target=work, args=(prompt, seed, stop, failures)) for seed in range(4)
     ]
-    for thread in threads:
-        thread.start()
-    end = time.monotonic() + duration_s
-    while time.monotonic() < end and not failures:
-        assert cache.stats().n_sequences >= 1
-        assert_rows(prompt, rows)
-        repr(cache)
-    stop.set()
-    for thread in threads:
-        thread.join(CHILD_SECONDS)
+    with running(stop, *threads):
+        end = time.monotonic() + duration_s
+        while time.monotonic() < end and not failures:
+            assert cache.stats().n_sequences >= 1
+            assert_rows(prompt, rows)
+            repr(cache)
     assert not failures, failures[0]
     assert cache.sequences == [prompt]
     cache.check()

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from stress import running
 
 from pagealloc.errors import ClosedError
 from pagealloc.kv import KVCache, KVLayout
@@ -77,22 +78,17 @@ def test_no_reader_sees_rows_that_the_writer_took_back(hasty, duration_s, order)
                 failures.append((before, after))
             del rows
 
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    for reader in readers:
-        reader.start()
-    end = time.monotonic() + duration_s
     generation = 0
-    while time.monotonic() < end and not failures:
-        try:
-            sequence.truncate(10)
-        except BufferError:
-            continue
-        generation += 1
-        for number in range(10, 40):
-            sequence.append_token(token(number + 100 * (generation % 2)))
-    stop.set()
-    for reader in readers:
-        reader.join()
+    with running(stop, *(threading.Thread(target=read) for _ in range(2))):
+        end = time.monotonic() + duration_s
+        while time.monotonic() < end and not failures:
+            try:
+                sequence.truncate(10)
+            except BufferError:
+                continue
+            generation += 1
+            for number in range(10, 40):
+                sequence.append_token(token(number + 100 * (generation % 2)))
     assert not failures, failures[0]
     assert generation > 0
     cache.check()

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import native
 import pytest
-from stress import assert_nothing_is_left, in_child
+from stress import assert_nothing_is_left, in_child, running
 
 from pagealloc import PageAllocator
+from pagealloc.core.os_memory import page_size_bytes
 from pagealloc.errors import InvariantError
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +27,7 @@ N_TAGS = 254  # so many threads' caches have a tag of their own; those of furthe
 @pytest.fixture(scope="module")
 def native_churn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("native_churn")
-    native.compile_c(HERE / "native_churn.c", "native_churn", folder)
+    native.compile_c(HERE / "native_churn.c", "native_churn", folder, PAGE_BYTES=page_size_bytes())
     return native.load("native_churn", folder)
 
 
@@ -50,13 +51,8 @@ def meddling(allocator, calls=("trim", "collect", "stats", "check"), pause_s=0.0
             failures.append(error)
             raise
 
-    thread = threading.Thread(target=meddle)
-    thread.start()
-    try:
+    with running(stop, threading.Thread(target=meddle)):
         yield
-    finally:
-        stop.set()
-        thread.join()
     assert not failures
 
 
@@ -148,30 +144,30 @@ def test_what_a_thread_leaves_behind_serves_the_next(allocator):
 @pytest.mark.parametrize("n_bystanders", [0, N_TAGS])
 def test_a_second_free_is_refused_in_whatever_thread(native_churn, allocator, n_bystanders):
     end = threading.Event()
-    bystanders = [threading.Thread(target=hold_a_cache, args=(allocator, end))
-                  for _ in range(n_bystanders)]  # fmt: skip
-    for thread in bystanders:
-        thread.start()
-    for seed in range(5):
-        for release in (native_churn.release, lambda *args: in_thread(native_churn.release, *args)):
-            records = native_churn.hold(allocator, 300, 2 << 20, 2 * seed)
-            kept = native_churn.hold(allocator, 300, 64 << 10, 2 * seed + 1)
-            release(allocator, records)
-            for meanwhile in (lambda: None, allocator.collect, allocator.trim):
-                meanwhile()
-                assert native_churn.free_again(allocator, records) == 0
-                assert in_thread(native_churn.free_again, allocator, records) == 0
-            native_churn.release(allocator, kept)
-            allocator.check()
-    end.set()
-    for thread in bystanders:
-        thread.join()
+    with running(end, *holders_of_caches(n_bystanders, allocator, end)):
+        for seed in range(5):
+            for release in (
+                native_churn.release,
+                lambda *args: in_thread(native_churn.release, *args),
+            ):
+                records = native_churn.hold(allocator, 300, 2 << 20, 2 * seed)
+                kept = native_churn.hold(allocator, 300, 64 << 10, 2 * seed + 1)
+                release(allocator, records)
+                for meanwhile in (lambda: None, allocator.collect, allocator.trim):
+                    meanwhile()
+                    assert native_churn.free_again(allocator, records) == 0
+                    assert in_thread(native_churn.free_again, allocator, records) == 0
+                native_churn.release(allocator, kept)
+                allocator.check()
     assert_nothing_is_left(allocator)
 
 
-def hold_a_cache(allocator, end):
-    allocator.alloc(64).close()
-    end.wait()
+def holders_of_caches(n_threads, allocator, end):
+    def hold_a_cache():
+        allocator.alloc(64).close()
+        end.wait()
+
+    return [threading.Thread(target=hold_a_cache) for _ in range(n_threads)]
 
 
 @pytest.mark.parametrize("owner", ["OWNER_RACES", "OWNER_WATCHES", "OWNER_IS_DEAD"])
@@ -238,11 +234,6 @@ def address_space_bytes():
 @pytest.mark.fork_under_load
 def test_a_child_drops_the_caches_of_threads_that_it_has_not(allocator):
     end, n_threads = threading.Event(), 50
-    threads = [threading.Thread(target=hold_a_cache, args=(allocator, end))
-               for _ in range(n_threads)]  # fmt: skip
-    for thread in threads:
-        thread.start()
-    allocator.trim()  # so that the child's has nothing to do but that
 
     def work():
         before = address_space_bytes()
@@ -250,10 +241,9 @@ def test_a_child_drops_the_caches_of_threads_that_it_has_not(allocator):
         # Each takes half a megabyte, and would go on to have a tag.
         assert before - address_space_bytes() > n_threads * 250_000
 
-    assert in_child(work) == 0
-    end.set()
-    for thread in threads:
-        thread.join()
+    with running(end, *holders_of_caches(n_threads, allocator, end)):
+        allocator.trim()  # so that the child's has nothing to do but that
+        assert in_child(work) == 0
     assert_nothing_is_left(allocator)
 
 

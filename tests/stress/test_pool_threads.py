@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from stress import in_child
+from stress import in_child, running
 
 from pagealloc import ClosedError, PageAllocator, Pool
 
@@ -57,16 +57,10 @@ def run(pool, meanwhile, seconds):
         threading.Thread(target=use, args=(pool, seed, stop, failures, n_gets))
         for seed in range(N_THREADS)
     ]
-    for thread in threads:
-        thread.start()
-    try:
+    with running(stop, *threads):
         end = time.monotonic() + seconds
         while time.monotonic() < end and not failures:
             meanwhile()
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
     assert not failures
     pool.check()
     stats = pool.stats()
@@ -149,11 +143,6 @@ def test_a_child_has_the_items_private_to_the_parent_s_threads():
         put.wait()
         end.wait()
 
-    threads = [threading.Thread(target=hold, args=(buffer,)) for buffer in buffers]
-    for thread in threads:
-        thread.start()
-    put.wait()
-
     def work():
         got = [pool.get() for _ in range(3)]
         assert set(got) == set(buffers)
@@ -165,12 +154,9 @@ def test_a_child_has_the_items_private_to_the_parent_s_threads():
         pool.check()
         pool.close()
 
-    try:
+    with running(end, *(threading.Thread(target=hold, args=(buffer,)) for buffer in buffers)):
+        put.wait()
         assert in_child(work) == 0
-    finally:
-        end.set()
-        for thread in threads:
-            thread.join()
     assert {bytes(memoryview(pool.get())[:1]) for _ in range(3)} == {b"x"}
     assert pool.stats().misses == 3
 

@@ -1,14 +1,14 @@
 """os.fork() while threads change windows: the child reads, changes nothing, and never hangs."""
 
-import os
+import faulthandler
 import random
 import signal
 import threading
 import time
-import traceback
 
 import numpy as np
 import pytest
+from stress import in_child, running
 
 from pagealloc.core.extents import ExtentStore
 from pagealloc.core.os_memory import page_size_bytes, refusing
@@ -18,27 +18,11 @@ from pagealloc.errors import ClosedError, ForkedError
 PAGE = page_size_bytes()
 N_PAGES = 64
 N_FORKS = 25
-CHILD_SECONDS = 20
 
 
 def write(window, offset, nbytes, value):
     window.make_private(offset, nbytes)
     np.frombuffer(window.view(offset, nbytes, writable=True), np.uint8)[:] = value
-
-
-def in_child(action):
-    """Run `action` in a forked child; its exit code, or minus the signal that killed it."""
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(CHILD_SECONDS)  # a hang is a failure
-        signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # a crash that is wanted makes no report
-        try:
-            action()
-        except BaseException:  # noqa: BLE001  (whatever it is, the exit code says it)
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def read_only(store, windows):
@@ -105,6 +89,7 @@ def test_a_write_in_the_child_dies_there():
     array = np.frombuffer(windows[0].view(0, PAGE, writable=True), np.uint8)
 
     def child():
+        faulthandler.disable()
         array[0] = 1
 
     assert in_child(child) == -signal.SIGSEGV
@@ -130,6 +115,7 @@ def test_a_window_that_cannot_be_protected_is_not_left_writable():
     array = np.frombuffer(windows[0].view(0, PAGE), np.uint8)
 
     def child():
+        faulthandler.disable()
         with pytest.raises(ClosedError):
             windows[0].view(0, PAGE)
         windows[1].close()
@@ -145,18 +131,17 @@ def test_a_window_that_cannot_be_protected_is_not_left_writable():
 class Load(threading.Thread):
     """Opens, forks, writes and drops windows over a shared prefix until told to stop."""
 
-    def __init__(self, store, prefix, seed):
-        super().__init__(daemon=True)
-        self.store, self.prefix = store, prefix
+    def __init__(self, stop, store, prefix, seed):
+        super().__init__()
+        self.stop, self.store, self.prefix = stop, store, prefix
         self.random = random.Random(seed)
         self.value = seed
-        self.must_stop = threading.Event()
         self.n_rounds = 0
         self.failure = None
 
     def run(self):
         try:
-            while not self.must_stop.is_set():
+            while not self.stop.is_set():
                 self.round()
                 self.n_rounds += 1
         except BaseException as failure:  # noqa: BLE001  (the test raises it)
@@ -178,10 +163,9 @@ class Load(threading.Thread):
 
 def test_forks_under_load(duration_s):
     store, windows = two_windows()
-    threads = [Load(store, windows[0], seed) for seed in (11, 12, 13)]
-    for thread in threads:
-        thread.start()
-    try:
+    stop = threading.Event()
+    threads = [Load(stop, store, windows[0], seed) for seed in (11, 12, 13)]
+    with running(stop, *threads):
         i = 0
         end = time.monotonic() + duration_s
         while time.monotonic() < end:
@@ -191,12 +175,7 @@ def test_forks_under_load(duration_s):
             store.stats()
             if i % 5 == 0:
                 time.sleep(0.01)
-    finally:
-        for thread in threads:
-            thread.must_stop.set()
-            thread.join(CHILD_SECONDS)
     for thread in threads:
-        assert not thread.is_alive()
         assert thread.failure is None
         assert thread.n_rounds
     threads.clear()
@@ -210,24 +189,19 @@ def test_forks_under_load(duration_s):
     store.close()
 
 
+@pytest.mark.fork_under_load
 def test_stores_come_and_go_while_others_fork():
     """The registry: stores made and dropped by threads, forks between."""
-    must_stop = threading.Event()
+    stop = threading.Event()
 
     def come_and_go():
-        while not must_stop.is_set():
+        while not stop.is_set():
             store = ExtentStore()
             window = Window(store, PAGE)
             window.commit(0, PAGE)
 
-    threads = [threading.Thread(target=come_and_go, daemon=True) for _ in range(2)]
-    for thread in threads:
-        thread.start()
     store, windows = two_windows()
-    for _ in range(N_FORKS):
-        assert in_child(lambda: read_only(store, windows)) == 0
-    must_stop.set()
-    for thread in threads:
-        thread.join(CHILD_SECONDS)
-        assert not thread.is_alive()
+    with running(stop, *(threading.Thread(target=come_and_go) for _ in range(2))):
+        for _ in range(N_FORKS):
+            assert in_child(lambda: read_only(store, windows)) == 0
     store.check()

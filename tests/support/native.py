@@ -56,7 +56,13 @@ def sanitizer_flags() -> list[str]:
     return [f"-fsanitize={sanitizer}", "-g1", "-fno-omit-frame-pointer"] if sanitizer else []
 
 
-def compile_c(source: str | Path, name: str, folder: Path, include: str | None = None) -> None:
+def compile_c(
+    source: str | Path,
+    name: str,
+    folder: Path,
+    include: str | None = None,
+    **macros: int,
+) -> None:
     """Compile a C module, a file or its text, as strictly as anybody might."""
     if isinstance(source, str):
         path = folder / f"{name}.c"
@@ -66,6 +72,7 @@ def compile_c(source: str | Path, name: str, folder: Path, include: str | None =
         build_tool("gcc", "cc", "clang"),
         *(*STRICT, "-std=c11", "-D_GNU_SOURCE", "-O1", "-shared", "-fPIC", "-pthread"),
         *sanitizer_flags(),
+        *(f"-D{macro}={value}" for macro, value in macros.items()),
         *("-isystem", sysconfig.get_path("include")),
         *("-I", include or pagealloc.get_include()),
         *(source, "-o", f"{name}.so"),

@@ -1,20 +1,42 @@
-"""What stress tests have in common: forked children, and what must hold when all is over."""
+"""What stress tests have in common: threads, forked children, what must hold when all is over."""
 
+import faulthandler
 import os
 import signal
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from pagealloc import PageAllocator
 
 CHILD_SECONDS = 30
 
 
+@contextmanager
+def running(stop: threading.Event, *threads: threading.Thread) -> Iterator[None]:
+    """Threads at work, which are told to stop and waited for whatever becomes of the test.
+
+    One that doesn't stop fails the test, and keeps nobody from leaving.
+    """
+    for thread in threads:
+        thread.daemon = True
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(CHILD_SECONDS)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def in_child(work: Callable[[], object]) -> int:
     """Run `work` in a forked child; its exit code, or minus the signal that killed it."""
     pid = os.fork()
     if pid == 0:
-        signal.alarm(CHILD_SECONDS)  # a deadlock ends the child, and fails the test
+        faulthandler.register(signal.SIGALRM, chain=True)
+        signal.alarm(CHILD_SECONDS)  # a deadlock says where, ends the child, and fails the test
         try:
             work()
         except BaseException:  # noqa: BLE001  (whatever it is, the exit code says it)

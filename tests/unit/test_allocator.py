@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from stress import running
 
 import pagealloc
 from pagealloc import (
@@ -485,16 +486,13 @@ def test_an_idle_threads_magazines_are_taken_after_two_collections():
         start.set()
         end.wait()
 
-    thread = threading.Thread(target=hoard)
-    thread.start()
-    start.wait()
-    allocator.collect()
-    allocator.collect()
-    assert allocator.stats().idle_bytes == 40 * (64 << 10)
-    allocator.collect()
-    assert allocator.stats().idle_bytes == 0
-    end.set()
-    thread.join()
+    with running(end, threading.Thread(target=hoard)):
+        start.wait()
+        allocator.collect()
+        allocator.collect()
+        assert allocator.stats().idle_bytes == 40 * (64 << 10)
+        allocator.collect()
+        assert allocator.stats().idle_bytes == 0
     allocator.check()
     allocator.close()
 
@@ -523,7 +521,7 @@ def test_a_living_thread_does_not_keep_large_blocks_that_it_freed():
             blocks.clear()
             done.put(None)
 
-    thread = threading.Thread(target=free_all)
+    thread = threading.Thread(target=free_all, daemon=True)
     thread.start()
     with PageAllocator(backing="base", arena_bytes="1GiB") as allocator:
         for _ in range(10):
@@ -580,7 +578,7 @@ def test_more_threads_than_tags():
             done.wait()
             block.close()
 
-        threads = [threading.Thread(target=live) for _ in range(300)]
+        threads = [threading.Thread(target=live, daemon=True) for _ in range(300)]
         for thread in threads:
             thread.start()
         ready.wait()

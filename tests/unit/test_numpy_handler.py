@@ -5,7 +5,6 @@ import contextvars
 import copy
 import ctypes
 import gc
-import os
 import pickle
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stress import in_child
 
 import pagealloc
 from pagealloc import ClosedError, PageAllocator
@@ -306,16 +306,15 @@ def test_a_process_may_end_with_it_installed():
 def test_a_forked_child_goes_on(allocator, handler):
     with handler:
         array = np.arange(10_000)
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                more = np.concatenate([array, np.ones(10_000, int)])
-                del array
-                status = 0 if handler.active and more.sum() == 49_995_000 + 10_000 else 2
-            finally:
-                os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+        def work():
+            nonlocal array
+            more = np.concatenate([array, np.ones(10_000, int)])
+            del array
+            assert handler.active
+            assert more.sum() == 49_995_000 + 10_000
+
+        assert in_child(work) == 0
         assert array.sum() == 49_995_000
         del array
 
