@@ -248,6 +248,14 @@ cdef int heap_free_slow(heap_t *heap, char *address) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # The same for callers who may pass anything
 
+cdef extern from * nogil:
+    """
+    /* Compiled into its caller, it would burden that one with a stack protector for its variables,
+     * where compilers add one by themselves, as Debian's Python has them do. */
+    static void *pagealloc_alloc_checked_slow(void *heap, size_t nbytes, size_t align_bytes)
+        __attribute__((noinline));
+    """
+
 cdef void *heap_alloc_checked(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
     """As heap_alloc; NULL for what is refused, or is no request."""
     cdef char *address = NULL
@@ -258,7 +266,9 @@ cdef void *heap_alloc_checked(heap_t *heap, size_t nbytes, size_t align_bytes) n
     return alloc_checked_slow(heap, nbytes, align_bytes)
 
 
-cdef void *alloc_checked_slow(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
+cdef void *alloc_checked_slow "pagealloc_alloc_checked_slow"(
+    void *heap, size_t nbytes, size_t align_bytes
+) noexcept nogil:
     cdef bint fresh
     cdef int error
     if (
@@ -266,7 +276,7 @@ cdef void *alloc_checked_slow(heap_t *heap, size_t nbytes, size_t align_bytes) n
         or align_bytes & (align_bytes - 1) or align_bytes > MAX_ALIGN_BYTES
     ):
         return NULL
-    return heap_alloc(heap, nbytes, align_bytes, &fresh, &error)
+    return heap_alloc(<heap_t *>heap, nbytes, align_bytes, &fresh, &error)
 
 
 cdef int heap_free_checked(heap_t *heap, void *address) noexcept nogil:

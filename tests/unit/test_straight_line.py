@@ -10,7 +10,7 @@ import pytest
 from pagealloc.core import heap
 
 SLOW = {
-    "heap_alloc_checked": {"heap_alloc", "alloc_checked_slow", "heap_alloc_slow"},
+    "heap_alloc_checked": {"pagealloc_alloc_checked_slow"},
     "heap_free_checked": {"heap_free_slow"},
 }
 """What may be called or jumped to, when the magazine does not do."""
