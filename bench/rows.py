@@ -237,7 +237,8 @@ class RowsReport:
             [
                 f"# {self.title}",
                 "",
-                f"By `python -m bench {self.name} --markdown FILE`; {{doc}}`../benchmarks` says how.",
+                f"By `python -m bench {self.name} --markdown FILE`;",
+                "{doc}`../benchmarks` says how.",
                 "",
                 *facts,
                 "",
