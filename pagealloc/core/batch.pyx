@@ -190,7 +190,7 @@ cdef Batch new_batch(Heap heap, size_t nbytes, size_t align_bytes, Py_ssize_t n_
     try:
         if refused:
             free(blocks)
-            raise heap.refusal(nbytes, align_bytes, error)
+            raise heap.refusal(nbytes, align_bytes, error, n_blocks)
     finally:
         heap.leave()
     batch.blocks = blocks

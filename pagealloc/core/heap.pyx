@@ -20,7 +20,7 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t
 
 from pagealloc.core.atomics cimport atomic_load_ptr, atomic_load_u16
 from pagealloc.core.block_map cimport LIKELY, block_chunk, block_class, block_state, is_live
-from pagealloc.core.heap_caches cimport heap_add_cache
+from pagealloc.core.heap_caches cimport heap_add_cache, heap_trim
 from pagealloc.core.heap_latency cimport heap_latency_group
 from pagealloc.core.heap_life cimport heap_end_thread
 from pagealloc.core.heap_slow cimport heap_note_slow, heap_supply, heap_take_back
@@ -297,7 +297,9 @@ cdef int heap_alloc_many(
     for i in range(n):
         addresses[i] = heap_alloc(heap, nbytes, align_bytes, &fresh, error)
         if not LIKELY(addresses[i] != NULL):
-            heap_free_many(heap, addresses, i)
+            if i:
+                heap_free_many(heap, addresses, i)
+                heap_trim(heap)     # it has all that the heap may have: back to the kernel
             return -1
     return 0
 

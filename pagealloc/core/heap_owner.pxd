@@ -17,5 +17,7 @@ cdef class Heap:
     cdef heap_t *enter(self) except NULL
     cdef void leave(self) noexcept
     cdef void forget_lost_calls(self) noexcept
-    cdef object refusal(self, size_t nbytes, size_t align_bytes, int error)
+    cdef object refusal(
+        self, size_t nbytes, size_t align_bytes, int error, Py_ssize_t n_blocks=*
+    )
     cdef list _arena_stats(self)

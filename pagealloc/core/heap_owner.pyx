@@ -172,10 +172,14 @@ cdef class Heap:
             self.fork_generation = os_fork_generation()
             self.n_calls = 0
 
-    cdef object refusal(self, size_t nbytes, size_t align_bytes, int error):
+    cdef object refusal(
+        self, size_t nbytes, size_t align_bytes, int error, Py_ssize_t n_blocks=1
+    ):
         """The exception for a refused request; says what was asked, is held, and would help."""
         cdef heap_counts_t counts = heap_counts(self.heap)
-        asked = f"asked for {nbytes} bytes ({format_bytes(nbytes)})"
+        all_bytes = <object>nbytes * n_blocks
+        blocks = f"{n_blocks} blocks of " if n_blocks > 1 else ""
+        asked = f"asked for {blocks}{nbytes} bytes ({format_bytes(all_bytes)})"
         if align_bytes > os_page_bytes():
             asked += f" aligned to {format_bytes(align_bytes)}"
         if error == ERROR_BUDGET:
@@ -199,7 +203,7 @@ cdef class Heap:
             )
         reason = os.strerror(error)
         if self.backing == "hugetlb":
-            n_huge = -(-max(self.arena_bytes, nbytes) // os_huge_page_bytes())
+            n_huge = -(-max(self.arena_bytes, all_bytes) // os_huge_page_bytes())
             return BackingUnavailableError(
                 error,
                 f"{asked} with backing='hugetlb', and the kernel refused ({reason}): "

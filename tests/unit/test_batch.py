@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pagealloc import Batch, ClosedError, OutOfMemoryError, PageAllocator, page_size_bytes
+from pagealloc.units import format_bytes
 
 PAGE_BYTES = page_size_bytes()
 
@@ -75,9 +76,14 @@ def test_all_or_none():
     with PageAllocator(
         backing="base", arena_bytes="2MiB", budget_bytes=32 * PAGE_BYTES
     ) as allocator:
-        with pytest.raises(OutOfMemoryError, match="budget"):
+        with pytest.raises(OutOfMemoryError) as refused:
             allocator.alloc_many(PAGE_BYTES, 33)
+        asked, possible = str(refused.value).split(":", 1)
+        total = format_bytes(33 * PAGE_BYTES)
+        assert asked == f"asked for 33 blocks of {PAGE_BYTES} bytes ({total})"
+        assert f"has {format_bytes(32 * PAGE_BYTES)} left" in possible
         assert allocator.stats().n_live == 0
+        assert allocator.stats().committed_bytes == 0
         allocator.check()
         allocator.alloc_many(PAGE_BYTES, 32).close()
 
