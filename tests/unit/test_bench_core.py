@@ -111,7 +111,7 @@ def test_the_report_is_written(tmp_path):
     assert found[0]["peers"] == {"glibc": 76.0, "mimalloc": None}
     report.write_markdown(tmp_path / "core.md")
     page = (tmp_path / "core.md").read_text()
-    assert page.startswith("# Measured\n\nBy `python -m bench core --markdown`")
+    assert page.startswith("# Measured\n\nBy `python -m bench core --markdown FILE`;\n")
     assert "| 1 | hot 4 KiB | 14 ns | 76 |  | missing |  |" in page
     assert "- cpu: one" in page
     assert "1 of 3 lines miss their bar." in page
