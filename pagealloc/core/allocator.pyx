@@ -11,6 +11,7 @@ Units
 """
 
 import operator
+import os
 
 cimport cython
 from cpython.long cimport PyLong_AsSsize_t, PyLong_CheckExact
@@ -22,12 +23,14 @@ from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.heap_state cimport heap_t
 
 from pagealloc.core.exact import exact_class
+from pagealloc.errors import OutOfMemoryError
 from pagealloc.options import option_value
 from pagealloc.units import format_bytes, parse_bytes
 
 cdef size_t MAX_ALIGN_BYTES = 1 << 30
 cdef Py_ssize_t MAX_BATCH_BLOCKS = 1 << 32
 cdef Py_ssize_t MAX_PLAIN_BYTES = 1 << 47       # as pagealloc.units has it
+cdef Py_ssize_t MACHINE_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 cdef inline size_t size_of(object nbytes) except 0:
@@ -52,6 +55,34 @@ cdef size_t checked_align(object align) except 0:
             f"{format_bytes(MAX_ALIGN_BYTES)}"
         )
     return align_bytes
+
+
+cdef Py_ssize_t checked_count(object n_blocks, size_t block_bytes) except 0:
+    """`n_blocks` as a number; refused if that many blocks are more than the machine's memory.
+
+    A single block may be larger: until it is touched it costs nothing.  Each of many costs its
+    entries in tables, so that the kernel would end the process before anything is touched.
+    """
+    cdef object count, all_bytes, machine_bytes
+    try:
+        count = operator.index(n_blocks)
+    except TypeError:
+        raise TypeError(f"n_blocks must be a number, not {type(n_blocks).__name__}") from None
+    if not 0 < count <= MAX_BATCH_BLOCKS:
+        raise ValueError(f"n_blocks={n_blocks}: from 1 to {MAX_BATCH_BLOCKS} are possible")
+    all_bytes = count * <object>block_bytes
+    if all_bytes > MACHINE_BYTES:
+        import psutil               # takes longer than all else here, and is seldom needed
+
+        machine_bytes = MACHINE_BYTES + psutil.swap_memory().total
+        if all_bytes > machine_bytes:
+            raise OutOfMemoryError(
+                f"asked for {count} blocks that take {format_bytes(block_bytes)} each, "
+                f"{format_bytes(all_bytes)} together: this machine has "
+                f"{format_bytes(machine_bytes)} of memory and swap; ask for fewer, or for one "
+                f"block, which takes no memory where it is not touched"
+            )
+    return count
 
 
 @cython.auto_pickle(False)
@@ -144,14 +175,13 @@ cdef class PageAllocator(Heap):
         TypeError, ValueError
             `nbytes` or `align` is none, or `n_blocks` is no positive number.
         OutOfMemoryError, BackingUnavailableError, ClosedError
-            As `alloc`; then none was allocated.
+            As `alloc`, or all blocks together are more than the machine's memory and swap; then
+            none was allocated.
         """
-        cdef object count = operator.index(n_blocks)
-        if not 0 < count <= MAX_BATCH_BLOCKS:
-            raise ValueError(f"n_blocks={n_blocks}: from 1 to {MAX_BATCH_BLOCKS} are possible")
-        return new_batch(
-            self, size_of(nbytes), 0 if align is None else checked_align(align), count
-        )
+        cdef size_t block_bytes = size_of(nbytes)
+        cdef size_t align_bytes = 0 if align is None else checked_align(align)
+        cdef Py_ssize_t count = checked_count(n_blocks, max(block_bytes, align_bytes))
+        return new_batch(self, block_bytes, align_bytes, count)
 
     def exact(self, nbytes):
         """Return the class of blocks of exactly `nbytes`, for many of one odd size.

@@ -4,6 +4,7 @@ import pickle
 import threading
 
 import numpy as np
+import psutil
 import pytest
 
 from pagealloc import Batch, ClosedError, OutOfMemoryError, PageAllocator, page_size_bytes
@@ -92,6 +93,26 @@ def test_all_or_none():
 def test_impossible_numbers(allocator, n_blocks):
     with pytest.raises(ValueError, match="n_blocks"):
         allocator.alloc_many(64, n_blocks)
+
+
+@pytest.mark.parametrize("n_blocks", [None, 1.5, "3"])
+def test_what_is_no_number(allocator, n_blocks):
+    with pytest.raises(TypeError, match=f"n_blocks .* not {type(n_blocks).__name__}"):
+        allocator.alloc_many(64, n_blocks)
+
+
+@pytest.mark.parametrize(("nbytes", "align"), [(1 << 20, None), (1, 1 << 20)])
+def test_more_than_the_machine_has(allocator, nbytes, align):
+    memory = psutil.virtual_memory().total + psutil.swap_memory().total
+    n_blocks = memory // (1 << 20) + 1
+    with pytest.raises(OutOfMemoryError) as refused:
+        allocator.alloc_many(nbytes, n_blocks, align=align)
+    asked, possible = str(refused.value).split(":", 1)
+    total = format_bytes(n_blocks << 20)
+    assert asked == f"asked for {n_blocks} blocks that take 1.00 MiB each, {total} together"
+    assert f"this machine has {format_bytes(memory)} of memory and swap" in possible
+    assert allocator.stats().reserved_bytes == 0
+    allocator.alloc(n_blocks << 20).close()
 
 
 def test_alignment(allocator):
