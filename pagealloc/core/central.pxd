@@ -23,7 +23,8 @@ cdef struct central_t:
     int64_t key             # run_key() of these; 0: slots; atomic
     # All below: guarded by `mutex`.
     slabs_t slabs           # of a class of slots
-    block_t *idle           # a stack: the last one in is the first one out
+    block_t *idle           # a stack: the last one in is the first one out,
+    int64_t coldest         # ... from here on
     int64_t n_idle
     int64_t idle_capacity
     int64_t max_idle        # beyond it, blocks go back at once

@@ -4,12 +4,13 @@ Purpose
     Pass blocks between threads in batches, so that a magazine is filled or emptied under one short
     hold of a mutex; give back to the page heap what nobody needs.
 Structure
-    magazines <--batches--> idle[0 .. n_idle) <--> slabs (slots), or the page heap (runs)
-                             cold         hot
+    magazines <--batches--> idle[coldest .. coldest + n_idle) <--> slabs (slots), or the page
+                             cold                        hot       heap (runs)
 Invariants
     n_out = n_idle + blocks in magazines + live blocks
-    n_unused <= n_idle: the least n_idle since the last collection; idle[0 .. n_unused) was not
-    touched since
+    coldest + n_idle <= idle_capacity; coldest = 0 if n_idle = 0
+    n_unused <= n_idle: the least n_idle since the last collection; the n_unused coldest blocks were
+    not touched since
     block_bytes = run_pages * page_bytes for runs
 Locking
     `mutex`; under it the page heap's for slots.  Runs are carved and merged outside of it: n_out
@@ -109,22 +110,32 @@ cdef void drop_stack(central_t *central) noexcept nogil:
         os_abandon(central.idle, <size_t>central.idle_capacity * sizeof(block_t))
     central.idle = NULL
     central.idle_capacity = 0
+    central.coldest = 0
 
 
 cdef bint make_room(central_t *central, int64_t n) noexcept nogil:
     """Room for `n` more; False if the kernel has no memory for it."""
     cdef int64_t capacity = central.idle_capacity
     cdef block_t *idle
-    if central.n_idle + n <= capacity:
+    if central.coldest + central.n_idle + n <= capacity:
         return True
-    if capacity == 0:
-        capacity = <int64_t>(os_page_bytes() // sizeof(block_t))
+    if central.coldest > capacity // 4 and central.n_idle + n <= capacity:
+        # As many were taken from the cold end since the last time: for each of them, three move.
+        memmove(
+            central.idle, central.idle + central.coldest,
+            <size_t>central.n_idle * sizeof(block_t)
+        )
+        central.coldest = 0
+        return True
+    capacity = capacity * 2 if capacity else <int64_t>(os_page_bytes() // sizeof(block_t))
     while capacity < central.n_idle + n:
         capacity *= 2
     idle = <block_t *>os_reserve(<size_t>capacity * sizeof(block_t), os_page_bytes())
     if idle == NULL:
         return False
-    memcpy(idle, central.idle, <size_t>central.n_idle * sizeof(block_t))
+    memcpy(
+        idle, central.idle + central.coldest, <size_t>central.n_idle * sizeof(block_t)
+    )
     drop_stack(central)
     central.idle = idle
     central.idle_capacity = capacity
@@ -136,7 +147,11 @@ cdef int64_t pop(central_t *central, block_t *blocks, int64_t n) noexcept nogil:
     if n > central.n_idle:
         n = central.n_idle
     central.n_idle -= n
-    memcpy(blocks, central.idle + central.n_idle, <size_t>n * sizeof(block_t))
+    memcpy(
+        blocks, central.idle + central.coldest + central.n_idle, <size_t>n * sizeof(block_t)
+    )
+    if central.n_idle == 0:
+        central.coldest = 0
     if central.n_unused > central.n_idle:
         central.n_unused = central.n_idle
     return n
@@ -146,9 +161,9 @@ cdef int64_t pop_cold(central_t *central, block_t *blocks, int64_t n) noexcept n
     """Take up to `n` from the cold end; how many."""
     if n > central.n_idle:
         n = central.n_idle
-    memcpy(blocks, central.idle, <size_t>n * sizeof(block_t))
+    memcpy(blocks, central.idle + central.coldest, <size_t>n * sizeof(block_t))
     central.n_idle -= n
-    memmove(central.idle, central.idle + n, <size_t>central.n_idle * sizeof(block_t))
+    central.coldest = central.coldest + n if central.n_idle else 0
     central.n_unused = central.n_unused - n if central.n_unused > n else 0
     return n
 
@@ -211,7 +226,10 @@ cdef void central_put(central_t *central, const block_t *blocks, int64_t n) noex
     if n_kept > central.max_idle - central.n_idle:
         n_kept = central.max_idle - central.n_idle
     if make_room(central, n_kept):
-        memcpy(central.idle + central.n_idle, blocks, <size_t>n_kept * sizeof(block_t))
+        memcpy(
+            central.idle + central.coldest + central.n_idle, blocks,
+            <size_t>n_kept * sizeof(block_t)
+        )
         central.n_idle += n_kept
     else:
         n_kept = 0
@@ -283,8 +301,12 @@ cdef const char *central_check(central_t *central) noexcept nogil:
             broken = "n_out is not the number of slots taken from slabs"
     elif central.block_bytes != <size_t>central.run_pages * central.pages.page_bytes:
         broken = "block_bytes is not the class's pages"
-    if broken == NULL and not 0 <= central.n_unused <= central.n_idle <= central.idle_capacity:
-        broken = "n_unused <= n_idle <= idle_capacity does not hold"
+    if broken == NULL and not (
+        0 <= central.n_unused <= central.n_idle <= central.idle_capacity - central.coldest
+    ):
+        broken = "n_unused <= n_idle <= idle_capacity - coldest does not hold"
+    if broken == NULL and central.n_idle == 0 and central.coldest != 0:
+        broken = "an empty stack does not start at its first place"
     if broken == NULL and central.n_idle > atomic_load_i64(&central.n_out):
         broken = "more blocks are idle than are out"
     mutex_unlock(&central.mutex)
