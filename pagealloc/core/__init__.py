@@ -11,7 +11,9 @@ this by reading the table below)::
     1  size_class      bytes -> size class; pure arithmetic
     1  interval_map    disjoint page ranges that carry a value; pure data structure
     1  item_table      what a pool knows of its items, by address; pure data structure
-    2  os_memory       the only room that calls the OS, through one table of functions
+    1  machine_memory  how much memory the machine and its cgroups have left
+    2  os_memory       memory from the OS; every call of the kernel goes through its table
+    3  os_pages        what the kernel knows of single pages; NUMA nodes
 
     Arenas, from the bottom up:
 
@@ -19,30 +21,36 @@ this by reading the table below)::
     3  owner_lock      a lock that its owner takes for nothing, and a collector at a price
     3  page_map        address -> chunk, its classes and states, for the whole process
     3  page_run        descriptors of page runs; the free ones as a best-fit tree
-    4  arena           one reserved range: its backing, and what of it is committed
+    4  backing         the ladder hugetlb, THP, base; which NUMA node
+    5  arena           one reserved range, and what of it is committed
     4  block_map       where the state of a block is
-    5  free_runs       which pages belong to which run; fit, carve, merge
-    6  page_heap       the page runs of all arenas: growth, budget, purge
-    7  slabs           the slots of one size class, cut from page runs
-    8  central         the free blocks of one size class that no thread holds
-    9  thread_cache    a thread's magazines for one heap, as the thread uses them
-    10  collector      what others do with a thread's magazines
-    11  heap_state     what a heap is made of; its size classes
-    12  heap_caches    the caches of all threads; what is idle, and how it goes back
-    12  heap_latency   which allocations are timed, and into which histogram they go
-    13  heap_counts    what a heap holds, counted; whether that adds up
-    13  heap_slow      what alloc and free do when the magazine does not do
-    13  heap_life      making and unmaking heaps; all of the process; fork
-    14  heap           the way of one allocation, and of one free
-    15  heap_owner     Heap: the Python owner of a heap: settings, errors, stats
-    16  buffer         Buffer: the Python handle of one slot or run
-    17  batch          Batch: many blocks under one handle
-    18  exact          ExactClass: blocks of a caller's own size, not rounded
-    19  allocator      PageAllocator: the Python face
-    20  idle_items     IdleItems: what lies idle in a pool, and what it knows of every item
-    21  pool           Pool: idle Buffers and objects, kept for reuse
-    20  c_api          heaps for native code of other packages: cimport, and a table for C
-    20  numpy_handler  NumPy's arrays in an allocator's memory (NEP 49)
+    6  free_runs       which pages belong to which run; fit, carve, merge
+    7  arenas          the arenas of one heap: how they come, go, and give back
+    8  page_heap       the page runs of all arenas: growth, budget
+    9  page_purge      what is free goes back: by itself, or by trim()
+    9  slabs           the slots of one size class, cut from page runs
+    10  central         the free blocks of one size class that no thread holds
+    11  thread_cache    a thread's magazines for one heap, as the thread uses them
+    12  collector      what others do with a thread's magazines
+    13  heap_state     what a heap is made of; its size classes
+    14  heap_caches    the caches of all threads; what is idle, and how it goes back
+    14  heap_options  the settings of a heap, read and checked
+    14  heap_latency   which allocations are timed, and into which histogram they go
+    15  heap_counts    what a heap holds, counted; whether that adds up
+    15  heap_slow      what alloc and free do when the magazine does not do
+    15  heap_life      making and unmaking heaps; all of the process; fork
+    16  heap_stats    what a heap holds, as Python sees it
+    16  purger        the thread that gives idle memory back
+    17  heap           the way of one allocation, and of one free
+    18  heap_owner     Heap: the Python owner of a heap: settings, errors, stats
+    19  buffer         Buffer: the Python handle of one slot or run
+    20  batch          Batch: many blocks under one handle
+    21  exact          ExactClass: blocks of a caller's own size, not rounded
+    22  allocator      PageAllocator: the Python face
+    23  idle_items     IdleItems: what lies idle in a pool, and what it knows of every item
+    24  pool           Pool: idle Buffers and objects, kept for reuse
+    23  c_api          heaps for native code of other packages: cimport, and a table for C
+    23  numpy_handler  NumPy's arrays in an allocator's memory (NEP 49)
 
     Windows, from the bottom up; they share nothing with arenas but the first two floors:
 

@@ -99,7 +99,23 @@ cdef class PageAllocator(Heap):
         How much address space is reserved at a time; rounded up to 2 MiB.  A request above half
         of it gets an arena of its own.
     budget_bytes : int or str, optional
-        Hard limit of what is handed out or kept for reuse; None: no limit.
+        Hard limit of what is handed out or kept for reuse; None: no limit.  ``"auto"``: what the
+        machine and the memory cgroups of this process have left now.
+    purge_after_s : float or None
+        What lies idle for this long goes back to the kernel by itself, after half as much again at
+        the latest, also if the process makes no call: a thread of the process sees to it.  None:
+        only `trim` gives memory back.
+    huge_page_bytes : int or str, optional
+        Which huge pages ``backing="hugetlb"`` takes, such as ``"1GiB"``; None: the usual ones.
+    numa_node : int, optional
+        Memory comes from this NUMA node and from no other.
+    preferred : int, optional
+        Memory comes from this NUMA node as long as it has some.
+    on_fork : {"inherit", "dontfork"}
+        Whether a forked child gets a copy of the memory.  ``"dontfork"``: it finds zeros there, and
+        the fork takes less time the more memory there is.
+    zero_on_reuse : bool
+        Memory that was in use before is filled with zeros before it is handed out again.
     time_every : int
         One allocation in about so many has its time taken, for `latencies`; 0: none.  It can be set
         later as well.

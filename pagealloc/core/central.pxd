@@ -46,7 +46,9 @@ cdef int64_t central_take(
     int *error
 ) noexcept nogil
 cdef void central_put(central_t *central, const block_t *blocks, int64_t n) noexcept nogil
-cdef void central_give_back(central_t *central, const block_t *blocks, int64_t n) noexcept nogil
+cdef void central_give_back(
+    central_t *central, const block_t *blocks, int64_t n, bint is_idle
+) noexcept nogil
 cdef void central_drain(central_t *central) noexcept nogil
 cdef void central_collect(central_t *central) noexcept nogil
 cdef void central_trim(central_t *central) noexcept nogil

@@ -22,7 +22,7 @@ Units
 from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memmove, memset
 
-from pagealloc.core.arena cimport ERROR_RETRY
+from pagealloc.core.backing cimport ERROR_RETRY
 from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64, atomic_store_i64
 from pagealloc.core.block_map cimport block_map_t, known_block_state
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
@@ -37,6 +37,7 @@ from pagealloc.core.page_map cimport block_t
 from pagealloc.core.page_run cimport run_t
 from pagealloc.core.slabs cimport (
     slabs_check,
+    slabs_collect,
     slabs_destroy,
     slabs_init,
     slabs_put,
@@ -235,21 +236,26 @@ cdef void central_put(central_t *central, const block_t *blocks, int64_t n) noex
         n_kept = 0
     mutex_unlock(&central.mutex)
     if n_kept < n:
-        central_give_back(central, blocks + n_kept, n - n_kept)
+        central_give_back(central, blocks + n_kept, n - n_kept, False)
 
 
-cdef void central_give_back(central_t *central, const block_t *blocks, int64_t n) noexcept nogil:
-    """Let go of free blocks: slots to their slabs, runs to the page heap."""
+cdef void central_give_back(
+    central_t *central, const block_t *blocks, int64_t n, bint is_idle
+) noexcept nogil:
+    """Let go of free blocks: slots to their slabs, runs to the page heap.
+
+    `is_idle` as for page_heap_free.
+    """
     if central.run_pages == 0:
         mutex_lock(&central.mutex)
-        slabs_put(&central.slabs, blocks, n)
+        slabs_put(&central.slabs, blocks, n, is_idle)
         mutex_unlock(&central.mutex)
     else:
-        page_heap_free(central.pages, blocks, n)
+        page_heap_free(central.pages, blocks, n, is_idle)
     atomic_add_i64(&central.n_out, -n)
 
 
-cdef void give_back_cold(central_t *central, int64_t n) noexcept nogil:
+cdef void give_back_cold(central_t *central, int64_t n, bint is_idle) noexcept nogil:
     """Give back `n` idle blocks, the longest unused first."""
     cdef block_t blocks[PIECE]
     cdef int64_t n_piece
@@ -259,13 +265,13 @@ cdef void give_back_cold(central_t *central, int64_t n) noexcept nogil:
         mutex_unlock(&central.mutex)
         if n_piece == 0:
             return
-        central_give_back(central, blocks, n_piece)
+        central_give_back(central, blocks, n_piece, is_idle)
         n -= n_piece
 
 
 cdef void central_drain(central_t *central) noexcept nogil:
     """Give back all idle blocks."""
-    give_back_cold(central, INT64_MAX)
+    give_back_cold(central, INT64_MAX, False)
 
 
 cdef void central_collect(central_t *central) noexcept nogil:
@@ -275,9 +281,11 @@ cdef void central_collect(central_t *central) noexcept nogil:
     n_dropped = central.n_victims if central.n_victims < central.n_unused else central.n_unused
     central.n_victims = central.n_unused - n_dropped
     mutex_unlock(&central.mutex)
-    give_back_cold(central, n_dropped)
+    give_back_cold(central, n_dropped, True)
     mutex_lock(&central.mutex)
     central.n_unused = central.n_idle
+    if central.run_pages == 0:
+        slabs_collect(&central.slabs)
     mutex_unlock(&central.mutex)
 
 

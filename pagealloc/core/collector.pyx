@@ -104,7 +104,7 @@ cdef bint collector_drain(
     while i < MAX_SIZE_CLASSES:
         n = empty_magazine(&cache.magazines[i], blocks)
         if n and for_good:
-            central_give_back(&centrals[i], blocks, n)
+            central_give_back(&centrals[i], blocks, n, False)
         elif n:
             central_put(&centrals[i], blocks, n)
         i = thread_cache_next_used(cache, i + 1)
@@ -147,7 +147,7 @@ cdef void collector_collect(
             is_seized = True
             n = empty_magazine(&cache.magazines[i], blocks)
             if n:
-                central_give_back(&centrals[i], blocks, n)
+                central_give_back(&centrals[i], blocks, n, True)
             unused = False
         cache.ages[i].is_victim = unused
         i = thread_cache_next_used(cache, i + 1)

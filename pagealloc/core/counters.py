@@ -22,6 +22,12 @@ class ArenaStats:
         What of it may be backed.
     held_bytes : int
         Physical memory behind it, counted by mincore.
+    huge_bytes : int or None
+        The part of it that huge pages map (PAGEMAP_SCAN); None: the kernel cannot say, before
+        Linux 6.7.
+    numa_node : int or None
+        The node its first backed page lies on (move_pages); None: nothing is backed yet, or the
+        kernel does not say.
     dedicated : bool
         It was made for one large request and goes back to the kernel with it.
     """
@@ -32,17 +38,30 @@ class ArenaStats:
     reserved_bytes: int
     committed_bytes: int
     held_bytes: int
+    huge_bytes: int | None
+    numa_node: int | None
     dedicated: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ClassStats:
-    """One size class: its slot size, live and free slots, and the slabs that hold them."""
+    """One size class: slots below a page, or page runs of one length and alignment.
 
-    slot_bytes: int
+    Attributes
+    ----------
+    block_bytes : int
+        Length of a slot or run; 0: runs of several lengths that found no class of their own.
+    n_live, n_idle : int
+        Handed out; freed and kept at hand, in threads' magazines and the list behind them.
+    n_slabs, n_unused : int
+        The slabs that hold the slots, and the slots in them that are neither; 0 for runs.
+    """
+
+    block_bytes: int
     n_live: int
-    n_free: int
+    n_idle: int
     n_slabs: int
+    n_unused: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +76,25 @@ class AllocatorStats:
         Address space taken from the kernel; costs nothing by itself.
     committed_bytes : int
         What may be backed: handed out, or freed and not yet purged.
+    active_bytes : int
+        Pages that are handed out or kept at hand, and pages of slabs.
     held_bytes : int
         Physical memory behind all arenas, counted by mincore.  A page that was read and never
         written counts too, though the kernel backs all of these with one page of zeros.  The
         tables of the allocator itself, at most 4 % of what they describe, are not in it.
+    huge_bytes : int or None
+        The part of it that huge pages map; None: the kernel cannot say, before Linux 6.7.
     live_bytes : int
         What is handed out, in whole slots and pages.
     idle_bytes : int
         What was freed and is kept at hand, in threads' magazines and the lists behind them.
+    purged_bytes : int
+        Physical memory that went back to the kernel since the start: by itself, by ``trim()``, or
+        for the budget.  Not counted: what `close` and the end of a large block unmap.
     n_live, n_allocs, n_frees, n_failed : int
         Buffers open now; requests served, given back, and refused since the start.
+    n_faults : int
+        Page faults of the whole process since the allocator was made, minor and major.
     n_collections : int
         How often the allocator went through what is idle (see `PageAllocator.collect`).
     n_conflicts : int
@@ -81,18 +109,27 @@ class AllocatorStats:
     budget_bytes: int | None
     reserved_bytes: int
     committed_bytes: int
+    active_bytes: int
     held_bytes: int
+    huge_bytes: int | None
     live_bytes: int
     idle_bytes: int
+    purged_bytes: int
     n_live: int
     n_allocs: int
     n_frees: int
     n_failed: int
+    n_faults: int
     n_collections: int
     n_conflicts: int
     abandoned_bytes: int
     arenas: tuple[ArenaStats, ...]
     classes: tuple[ClassStats, ...]
+
+    @property
+    def fragmentation(self) -> float:
+        """Held bytes for each live one; 1: nothing is held but what is in use, infinite: no use."""
+        return self.held_bytes / self.live_bytes if self.live_bytes else float("inf")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ Units
 """
 
 from libc.stdint cimport int64_t, uint16_t, uint32_t
+from libc.string cimport memset
 
-from pagealloc.core.atomics cimport atomic_load_ptr, atomic_load_u16
+from pagealloc.core.atomics cimport atomic_load_i64, atomic_load_ptr, atomic_load_u16
 from pagealloc.core.block_map cimport LIKELY, block_chunk, block_class, block_state, is_live
 from pagealloc.core.heap_caches cimport heap_add_cache, heap_trim
 from pagealloc.core.heap_latency cimport heap_latency_group
@@ -35,6 +36,7 @@ from pagealloc.core.latency cimport latency_now_ns, latency_record
 from pagealloc.core.os_memory cimport os_abandon, os_numa_node, os_page_bytes, os_reserve
 from pagealloc.core.page_heap cimport FREED, NOT_LIVE, NOT_OURS
 from pagealloc.core.page_map cimport block_t, chunk_t
+from pagealloc.core.purger cimport purger_watch
 from pagealloc.core.size_class cimport SLOT_UNIT_BYTES
 from pagealloc.core.thread_cache cimport (
     magazine_pop,
@@ -117,13 +119,20 @@ cdef inline char *pop(heap_t *heap, size_t size_class) noexcept nogil:
 
 
 cdef inline char *alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
-    if LIKELY(align_bytes <= SLOT_UNIT_BYTES and nbytes <= heap.largest_table_bytes):
+    if LIKELY(align_bytes <= SLOT_UNIT_BYTES and nbytes <= heap.largest_fast_bytes):
         return pop(heap, heap_class_of(heap, nbytes))
     return pop_unusual(heap, nbytes, align_bytes)
 
 
 cdef char *pop_unusual(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
-    return pop(heap, heap_class_of_unusual(heap, nbytes, align_bytes))
+    return zeroed(heap, pop(heap, heap_class_of_unusual(heap, nbytes, align_bytes)), nbytes)
+
+
+cdef inline char *zeroed(heap_t *heap, char *address, size_t nbytes) noexcept nogil:
+    """The block, zeroed if that is what the heap does with memory that was in use before."""
+    if heap.zero_on_reuse and address != NULL:
+        memset(address, 0, nbytes)
+    return address
 
 
 cdef char *heap_alloc_fast(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
@@ -150,7 +159,7 @@ cdef char *heap_alloc(
 
 cdef char *heap_alloc_class(heap_t *heap, size_t size_class) noexcept nogil:
     """A block of a class of slots; NULL where it takes heap_alloc_slow, with that class."""
-    return pop(heap, size_class)
+    return zeroed(heap, pop(heap, size_class), heap.blocks.slots[size_class].nbytes)
 
 
 cdef char *heap_alloc_slow(
@@ -162,17 +171,31 @@ cdef char *heap_alloc_slow(
     """
     cdef thread_cache_t *cache = cache_of(heap)
     cdef size_t size_class = slot_class
-    cdef int64_t start_ns
     cdef char *address
     if size_class == 0:
         size_class = heap_class_of_unusual(heap, nbytes, align_bytes)
     if cache == NULL:
         cache = new_cache(heap)
     if cache == NULL or not thread_cache_is_timed(cache, size_class, &heap.time_every):
-        return heap_supply(heap, cache, size_class, nbytes, align_bytes, slot_class, fresh, error)
-    start_ns = latency_now_ns()
+        address = heap_supply(
+            heap, cache, size_class, nbytes, align_bytes, slot_class, fresh, error
+        )
+        if heap.purge_after_ns and not atomic_load_i64(&heap.is_watched):
+            purger_watch(heap)      # after it has grown: the purger lets go of what is empty
+    else:
+        address = alloc_timed(
+            heap, cache, size_class, nbytes, align_bytes, slot_class, fresh, error
+        )
+    return address if fresh[0] else zeroed(heap, address, nbytes)
+
+
+cdef char *alloc_timed(
+    heap_t *heap, thread_cache_t *cache, size_t size_class, size_t nbytes, size_t align_bytes,
+    size_t slot_class, bint *fresh, int *error
+) noexcept nogil:
+    cdef int64_t start_ns = latency_now_ns()
+    cdef char *address = pop(heap, size_class)
     fresh[0] = False
-    address = pop(heap, size_class)
     if address == NULL:
         address = heap_supply(
             heap, cache, size_class, nbytes, align_bytes, slot_class, fresh, error
@@ -259,7 +282,7 @@ cdef extern from * nogil:
 cdef void *heap_alloc_checked(heap_t *heap, size_t nbytes, size_t align_bytes) noexcept nogil:
     """As heap_alloc; NULL for what is refused, or is no request."""
     cdef char *address = NULL
-    if LIKELY(heap != NULL and align_bytes == 0 and nbytes <= heap.largest_table_bytes):
+    if LIKELY(heap != NULL and align_bytes == 0 and nbytes <= heap.largest_fast_bytes):
         address = pop(heap, heap_class_of(heap, nbytes))   # of class 0, if nbytes is 0: NULL
     if LIKELY(address != NULL):
         return address

@@ -45,8 +45,8 @@ from pagealloc.core.heap_state cimport MAX_SIZE_CLASSES, heap_t, next_class
 from pagealloc.core.mutex cimport mutex_lock, mutex_trylock, mutex_unlock
 from pagealloc.core.os_memory cimport os_coarse_now_ns
 from pagealloc.core.owner_lock cimport owner_lock_orphan
-from pagealloc.core.page_heap cimport page_heap_trim
 from pagealloc.core.page_map cimport block_t
+from pagealloc.core.page_purge cimport page_heap_begin_trim, page_heap_end_trim
 from pagealloc.core.thread_cache cimport (
     outbox_t,
     thread_cache_delete,
@@ -280,8 +280,11 @@ cdef void heap_collect(heap_t *heap) noexcept nogil:
 
 
 cdef void heap_collect_if_due(heap_t *heap) noexcept nogil:
-    """Collect if the last one was long ago."""
-    cdef int64_t now_ns = os_coarse_now_ns()
+    """Collect if the last one was long ago: where the purger does not see to it."""
+    cdef int64_t now_ns
+    if atomic_load_i64(&heap.is_watched):
+        return
+    now_ns = os_coarse_now_ns()
     if now_ns < atomic_load_i64(&heap.next_collection_ns):
         return
     atomic_store_i64(&heap.next_collection_ns, now_ns + COLLECTION_INTERVAL_NS)
@@ -290,5 +293,6 @@ cdef void heap_collect_if_due(heap_t *heap) noexcept nogil:
 
 cdef int64_t heap_trim(heap_t *heap) noexcept nogil:
     """Give back what is free; returns the physical bytes that went back."""
+    cdef int64_t begun_at_bytes = page_heap_begin_trim(&heap.pages)
     heap_reclaim(heap)
-    return page_heap_trim(&heap.pages)
+    return page_heap_end_trim(&heap.pages, begun_at_bytes)

@@ -7,6 +7,8 @@ from pagealloc.core.heap_state cimport heap_t
 cdef struct heap_counts_t:
     int64_t reserved_bytes
     int64_t committed_bytes
+    int64_t active_bytes        # pages in runs that are out, and in slabs
+    int64_t purged_bytes        # that went back to the kernel since the start
     int64_t live_bytes          # handed out, in whole slots and pages
     int64_t idle_bytes          # free, in caches and central lists
     int64_t n_live              # slots and runs

@@ -93,10 +93,11 @@ cdef heap_counts_t heap_counts(heap_t *heap) noexcept nogil:
     mutex_lock(&heap.pages.mutex)
     counts.reserved_bytes = heap.pages.reserved_bytes
     counts.committed_bytes = heap.pages.committed_bytes
-    counts.live_bytes = heap.pages.used_pages * <int64_t>heap.pages.page_bytes
+    counts.active_bytes = heap.pages.used_pages * <int64_t>heap.pages.page_bytes
+    counts.purged_bytes = heap.pages.purged_bytes
     mutex_unlock(&heap.pages.mutex)
     heap_let_go(heap)
-    counts.live_bytes += live_slot_bytes - slab_bytes - idle_run_bytes
+    counts.live_bytes = counts.active_bytes + live_slot_bytes - slab_bytes - idle_run_bytes
     counts.n_frees = counts.n_allocs - counts.n_live
     counts.n_failed = atomic_load_i64(&heap.n_failed)
     counts.n_collections = atomic_load_i64(&heap.n_collections)

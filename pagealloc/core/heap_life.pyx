@@ -6,6 +6,7 @@ Structure
     registry --> heap --> heap --> ...      heap_of_id[id] --> heap
 Invariants
     every open heap is in the registry, so that a fork finds all mutexes
+    a heap that is held stays, though it may be in use by everybody else
     no two heaps ever have the same generation: a thread's cache for a heap that is closed matches
     none
 Locking
@@ -17,6 +18,7 @@ Units
 
 from libc.stdint cimport int64_t, uint32_t
 
+from pagealloc.core.atomics cimport atomic_load_i64, atomic_store_i64
 from pagealloc.core.block_map cimport block_map_init
 from pagealloc.core.central cimport central_destroy, central_trim
 from pagealloc.core.heap_caches cimport heap_drop_caches, heap_retire_cache
@@ -25,12 +27,19 @@ from pagealloc.core.heap_state cimport (
     MAX_HEAPS,
     MAX_SIZE_CLASSES,
     heap_init_classes,
+    heap_options_t,
     heap_t,
     next_class,
 )
 from pagealloc.core.latency cimport latency_destroy
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_t, mutex_unlock
-from pagealloc.core.os_memory cimport os_abandon, os_at_fork, os_page_bytes, os_reserve
+from pagealloc.core.os_memory cimport (
+    os_abandon,
+    os_at_fork,
+    os_page_bytes,
+    os_reserve,
+    os_wait_briefly,
+)
 from pagealloc.core.owner_lock cimport owner_lock_orphan, owner_lock_release, owner_lock_seize
 from pagealloc.core.page_heap cimport page_heap_destroy, page_heap_init
 from pagealloc.core.page_map cimport page_map_init, page_map_t
@@ -41,6 +50,7 @@ cdef page_map_t process_map
 cdef mutex_t registry_mutex
 cdef heap_t *registry = NULL
 cdef heap_t *heap_of_id[MAX_HEAPS]
+cdef heap_t *held_heap = NULL       # by the purger: it is not unmade meanwhile
 cdef int64_t last_generation = 0
 
 
@@ -48,16 +58,20 @@ cdef inline size_t heap_bytes() noexcept nogil:
     return (sizeof(heap_t) + os_page_bytes() - 1) // os_page_bytes() * os_page_bytes()
 
 
-cdef heap_t *heap_new(size_t arena_bytes, int ladder, int64_t budget_bytes) noexcept nogil:
+cdef heap_t *heap_new(const heap_options_t *options) noexcept nogil:
     # Mapped: most of its classes are never used.
     cdef heap_t *heap = <heap_t *>os_reserve(heap_bytes(), os_page_bytes())
     if heap == NULL:
         return NULL
     block_map_init(&heap.blocks, &process_map, os_page_bytes())
     page_heap_init(
-        &heap.pages, &process_map, heap, os_page_bytes(), arena_bytes, ladder, budget_bytes
+        &heap.pages, &process_map, heap, os_page_bytes(), options.arena_bytes, &options.placement,
+        options.budget_bytes
     )
+    heap.purge_after_ns = options.purge_after_ns
+    heap.zero_on_reuse = options.zero_on_reuse
     heap_init_classes(heap)
+    heap.largest_fast_bytes = 0 if heap.zero_on_reuse else heap.largest_table_bytes
     heap_latency_init(heap)
     mutex_init(&heap.collect_mutex)
     mutex_init(&heap.classes_mutex)
@@ -112,7 +126,13 @@ cdef void enter_registry(heap_t *heap) noexcept nogil:
 
 cdef void leave_registry(heap_t *heap) noexcept nogil:
     global registry
+    cdef int n_waits = 0
     mutex_lock(&registry_mutex)
+    while held_heap == heap:
+        mutex_unlock(&registry_mutex)
+        os_wait_briefly(n_waits)
+        n_waits += 1
+        mutex_lock(&registry_mutex)
     if heap.id < MAX_HEAPS:
         heap_of_id[heap.id] = NULL
     if heap.next != NULL:
@@ -121,6 +141,31 @@ cdef void leave_registry(heap_t *heap) noexcept nogil:
         heap.previous.next = heap.next
     else:
         registry = heap.next
+    mutex_unlock(&registry_mutex)
+
+
+cdef heap_t *heap_hold_next(int64_t generation) noexcept nogil:
+    """Hold the next heap that the purger watches, after the one of `generation`; NULL: no more."""
+    global held_heap
+    cdef heap_t *heap
+    mutex_lock(&registry_mutex)
+    held_heap = NULL
+    heap = registry
+    while heap != NULL:
+        if heap.generation > generation and atomic_load_i64(&heap.is_watched) and (
+            held_heap == NULL or heap.generation < held_heap.generation
+        ):
+            held_heap = heap
+        heap = heap.next
+    heap = held_heap
+    mutex_unlock(&registry_mutex)
+    return heap
+
+
+cdef void heap_release_held() noexcept nogil:
+    global held_heap
+    mutex_lock(&registry_mutex)
+    held_heap = NULL
     mutex_unlock(&registry_mutex)
 
 
@@ -202,10 +247,13 @@ cdef void unlock_all() noexcept nogil:
 
 cdef void unlock_all_in_child() noexcept nogil:
     """The parent's other threads are not here: what their magazines hold is for the next
-    collection to take."""
+    collection to take, and the purger is started again when it is needed."""
+    global held_heap
     cdef heap_t *heap = registry
     cdef thread_cache_t *cache
+    held_heap = NULL
     while heap != NULL:
+        atomic_store_i64(&heap.is_watched, False)
         cache = heap.caches
         while cache != NULL:
             if not pthread_equal(cache.thread, pthread_self()):

@@ -10,6 +10,7 @@ cdef class Heap:
     cdef Py_ssize_t n_pins          # NumPy handlers in use, which call the heap at any time
     cdef int64_t fork_generation    # of the process n_calls counts for
     cdef object __weakref__
+    cdef object n_faults_before     # page faults of the process when this was made
     cdef readonly object backing
     cdef readonly object arena_bytes
     cdef readonly object budget_bytes
@@ -20,4 +21,3 @@ cdef class Heap:
     cdef object refusal(
         self, size_t nbytes, size_t align_bytes, int error, Py_ssize_t n_blocks=*
     )
-    cdef list _arena_stats(self)

@@ -2,8 +2,6 @@ from typing import NoReturn, Self, SupportsIndex
 
 from pagealloc.core.counters import AllocatorStats
 
-LADDERS: dict[str, int]
-
 class Heap:
     backing: str
     arena_bytes: int
@@ -14,6 +12,12 @@ class Heap:
         backing: str = "auto",
         arena_bytes: int | str = "64MiB",
         budget_bytes: int | str | None = None,
+        purge_after_s: float | None = 0.5,
+        huge_page_bytes: int | str | None = None,
+        numa_node: SupportsIndex | None = None,
+        preferred: SupportsIndex | None = None,
+        on_fork: str = "inherit",
+        zero_on_reuse: bool = False,
         time_every: int = 2048,
     ) -> None: ...
     @property

@@ -23,40 +23,26 @@ import os
 from weakref import ref
 
 from libc.stdint cimport int64_t, uintptr_t
-from libc.stdlib cimport calloc, free
 
-from pagealloc.core.arena cimport (
-    BACKING_BASE,
-    BACKING_HUGETLB,
-    BACKING_THP,
+from pagealloc.core.atomics cimport atomic_load_i64
+from pagealloc.core.backing cimport (
     ERROR_ALIGNMENT,
     ERROR_BUDGET,
     ERROR_NO_HUGE_PAGES,
+    ERROR_PLACEMENT,
 )
-from pagealloc.core.atomics cimport atomic_load_i64
 from pagealloc.core.heap cimport heap_alloc, heap_free
 from pagealloc.core.heap_caches cimport heap_collect, heap_reclaim, heap_trim
-from pagealloc.core.heap_counts cimport (
-    class_counts_t,
-    heap_check,
-    heap_count_classes,
-    heap_counts,
-    heap_counts_t,
-)
+from pagealloc.core.heap_counts cimport heap_check, heap_counts, heap_counts_t
 from pagealloc.core.heap_latency cimport heap_time_every
 from pagealloc.core.heap_life cimport heap_delete, heap_new
-from pagealloc.core.heap_state cimport MAX_SIZE_CLASSES, heap_t
+from pagealloc.core.heap_options cimport read_options
+from pagealloc.core.heap_state cimport heap_options_t, heap_t
+from pagealloc.core.heap_stats cimport read_stats
 from pagealloc.core.os_memory cimport os_fork_generation, os_huge_page_bytes, os_page_bytes
-from pagealloc.core.page_heap cimport (
-    NOT_LIVE,
-    NOT_OURS,
-    arena_report_t,
-    page_heap_report,
-)
-from pagealloc.core.page_map cimport CHUNK_BYTES
+from pagealloc.core.page_heap cimport NOT_LIVE, NOT_OURS
 
-from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats
-from pagealloc.core.os_memory import abandoned_bytes
+from pagealloc.core.heap_stats import process_faults
 from pagealloc.errors import (
     BackingUnavailableError,
     ClosedError,
@@ -66,15 +52,6 @@ from pagealloc.errors import (
 from pagealloc.units import format_bytes, parse_bytes
 
 cdef int64_t MAX_TIME_EVERY = 1 << 30
-
-LADDERS = {
-    "auto": BACKING_HUGETLB | BACKING_THP | BACKING_BASE,
-    "hugetlb": BACKING_HUGETLB,
-    "thp": BACKING_THP,
-    "base": BACKING_BASE,
-}
-cdef dict BACKING_NAMES = {ladder: name for name, ladder in LADDERS.items()}
-
 
 _open_heaps = set()    # weak references; to copy a set is one step, a WeakSet many
 
@@ -89,16 +66,6 @@ def _collect_after_gc(phase, info):
 
 
 gc.callbacks.append(_collect_after_gc)
-
-
-cdef int choose_ladder(str backing, int64_t arena_bytes, int64_t budget_bytes) except -1:
-    """The backings to try.  Under a budget, "auto" leaves out what would be spent on rounding.
-
-    A hugetlb arena leaves the machine's pool whole, and a touch of a huge page commits all of it.
-    """
-    if backing != "auto" or budget_bytes < 0:
-        return LADDERS[backing]
-    return BACKING_BASE if budget_bytes < arena_bytes else BACKING_THP | BACKING_BASE
 
 
 cdef int64_t n_surely_live(heap_t *heap) noexcept:
@@ -120,25 +87,25 @@ cdef class Heap:
     """Owner of one heap; the base of `pagealloc.PageAllocator`, which adds the ways to allocate."""
 
     def __init__(
-        self, *, backing="auto", arena_bytes="64MiB", budget_bytes=None, time_every=2048
+        self, *, backing="auto", arena_bytes="64MiB", budget_bytes=None, purge_after_s=0.5,
+        huge_page_bytes=None, numa_node=None, preferred=None, on_fork="inherit",
+        zero_on_reuse=False, time_every=2048
     ):
-        cdef size_t arena_nbytes
-        cdef int64_t budget_nbytes = -1, timed
+        cdef heap_options_t options
+        cdef int64_t timed = checked_time_every(time_every)
         if self.backing is not None:    # also once closed: an ExactClass knows the classes it had
             raise TypeError(f"this {type(self).__name__} is made already: make a new one")
-        if not isinstance(backing, str) or backing not in LADDERS:
-            raise ValueError(f"backing={backing!r}: possible are {', '.join(map(repr, LADDERS))}")
-        arena_nbytes = parse_bytes(arena_bytes, name="arena_bytes", minimum=os_page_bytes())
-        arena_nbytes = (arena_nbytes + CHUNK_BYTES - 1) // CHUNK_BYTES * CHUNK_BYTES
-        timed = checked_time_every(time_every)
-        if budget_bytes is not None:
-            budget_nbytes = parse_bytes(budget_bytes, name="budget_bytes")
+        read_options(&options, {
+            "backing": backing, "arena_bytes": arena_bytes, "budget_bytes": budget_bytes,
+            "purge_after_s": purge_after_s, "huge_page_bytes": huge_page_bytes,
+            "numa_node": numa_node, "preferred": preferred, "on_fork": on_fork,
+            "zero_on_reuse": zero_on_reuse,
+        })
         self.backing = backing
-        self.arena_bytes = arena_nbytes
-        self.budget_bytes = None if budget_bytes is None else budget_nbytes
-        self.heap = heap_new(
-            arena_nbytes, choose_ladder(backing, arena_nbytes, budget_nbytes), budget_nbytes
-        )
+        self.arena_bytes = options.arena_bytes
+        self.budget_bytes = None if options.budget_bytes < 0 else options.budget_bytes
+        self.n_faults_before = process_faults()
+        self.heap = heap_new(&options)
         if self.heap == NULL:
             raise OutOfMemoryError("no memory for the tables of an allocator")
         self.heap.time_every = timed
@@ -200,6 +167,12 @@ cdef class Heap:
                 f"{asked} with backing={self.backing!r}, and no touch of it was backed by a huge "
                 f"page: allow them with 'echo madvise | sudo tee "
                 f"/sys/kernel/mm/transparent_hugepage/enabled', or use backing='auto'",
+            )
+        if error == ERROR_PLACEMENT:
+            return BackingUnavailableError(
+                _errno.EPERM,
+                f"{asked} with numa_node= or preferred=, and the kernel refused to bind memory to "
+                f"a node (mbind): it has no NUMA support, or a sandbox forbids it; leave them out",
             )
         reason = os.strerror(error)
         if self.backing == "hugetlb":
@@ -301,67 +274,10 @@ cdef class Heap:
         Held bytes are counted by mincore, which takes some 10 ns a committed page.  Thread-safe;
         the fields are read one after another, not in one instant.
         """
-        cdef heap_t *heap = self.open_heap()
-        cdef heap_counts_t counts = heap_counts(heap)
-        cdef class_counts_t of_class[MAX_SIZE_CLASSES]
-        cdef int i
-        arenas = self._arena_stats()
-        heap_count_classes(heap, of_class)
-        classes = []
-        for i in range(1, heap.n_slot_classes + 1):
-            classes.append(ClassStats(
-                slot_bytes=of_class[i].block_bytes,
-                n_live=of_class[i].n_live,
-                n_free=of_class[i].n_idle + of_class[i].n_unused_slots,
-                n_slabs=of_class[i].n_slabs,
-            ))
-        return AllocatorStats(
-            budget_bytes=self.budget_bytes,
-            reserved_bytes=counts.reserved_bytes,
-            committed_bytes=counts.committed_bytes,
-            held_bytes=sum(arena.held_bytes for arena in arenas),
-            live_bytes=counts.live_bytes,
-            idle_bytes=counts.idle_bytes,
-            n_live=counts.n_live,
-            n_allocs=counts.n_allocs,
-            n_frees=counts.n_frees,
-            n_failed=counts.n_failed,
-            n_collections=counts.n_collections,
-            n_conflicts=counts.n_conflicts,
-            abandoned_bytes=abandoned_bytes(),
-            arenas=tuple(arenas),
-            classes=tuple(classes),
-        )
-
-    cdef list _arena_stats(self):
         cdef heap_t *heap = self.enter()
-        cdef arena_report_t *reports = NULL
-        cdef int64_t capacity = 0, n_arenas = 16, i
         try:
-            while n_arenas > capacity:      # more than there was room for: some came meanwhile
-                capacity = 2 * n_arenas
-                free(reports)
-                reports = <arena_report_t *>calloc(capacity, sizeof(arena_report_t))
-                if reports == NULL:
-                    raise OutOfMemoryError(f"no memory for a report of {capacity} arenas")
-                with nogil:
-                    n_arenas = page_heap_report(&heap.pages, reports, capacity)
-            stats = []
-            for i in range(n_arenas):
-                if reports[i].held_bytes < 0:
-                    raise OSError("the kernel refused to say (mincore) what an arena holds")
-                stats.append(ArenaStats(
-                    address=<uintptr_t>reports[i].address,
-                    requested_backing=self.backing,
-                    achieved_backing=BACKING_NAMES[reports[i].achieved_backing],
-                    reserved_bytes=reports[i].reserved_bytes,
-                    committed_bytes=reports[i].committed_bytes,
-                    held_bytes=reports[i].held_bytes,
-                    dedicated=reports[i].dedicated,
-                ))
-            return stats
+            return read_stats(heap, self.backing, self.budget_bytes, self.n_faults_before)
         finally:
-            free(reports)
             self.leave()
 
     def close(self) -> None:

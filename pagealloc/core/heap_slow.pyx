@@ -16,7 +16,7 @@ Units
 from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint16_t
 
-from pagealloc.core.arena cimport ERROR_BUDGET, ERROR_GROWTH, ERROR_RETRY
+from pagealloc.core.backing cimport ERROR_BUDGET, ERROR_GROWTH, ERROR_RETRY
 from pagealloc.core.atomics cimport atomic_add_i64, atomic_store_u16, atomic_swap_u16
 from pagealloc.core.block_map cimport (
     FIRST_RUN_CLASS,
@@ -212,7 +212,7 @@ cdef bint heap_take_back(
         if not atomic_swap_u16(block.state, live, STATE_FREE):
             return False
         if size_class == UNCACHED_RUN:
-            central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1)
+            central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1, False)
         else:
             central_put(&heap.centrals[size_class], &block, 1)
         return True

@@ -8,6 +8,7 @@ were first asked for; UNCACHED_RUN is all runs that found no number left.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pagealloc.core.atomics cimport atomic_load_i64, atomic_load_u16
+from pagealloc.core.backing cimport placement_t
 from pagealloc.core.block_map cimport FIRST_RUN_CLASS, block_map_t
 from pagealloc.core.central cimport central_t, run_key
 from pagealloc.core.latency cimport latency_t
@@ -22,6 +23,13 @@ cdef enum:
     N_KEY_HINTS = 256
     N_TAGS = 256
 
+cdef struct heap_options_t:         # what a heap is told when it is made
+    size_t arena_bytes
+    placement_t placement
+    int64_t budget_bytes            # -1: none
+    int64_t purge_after_ns          # 0: never by itself
+    bint zero_on_reuse              # what was in use before is handed out as zeros
+
 cdef struct heap_t:             # page-aligned: cold fields first, as in thread_cache_t
     mutex_t collect_mutex           # one collection at a time
     mutex_t classes_mutex
@@ -32,6 +40,7 @@ cdef struct heap_t:             # page-aligned: cold fields first, as in thread_
     int64_t generation              # no heap before or after has the same
     uint32_t id                     # its place in a thread's table; MAX_HEAPS: none
     size_t largest_table_bytes      # of a request that finds its class by `class_of_pages`
+    size_t largest_fast_bytes       # of one that takes the fast path; 0 if all are to be zeroed
     block_map_t blocks
     size_classes_t classes
     # Classes of runs; 0: none yet.  Atomic.
@@ -42,6 +51,10 @@ cdef struct heap_t:             # page-aligned: cold fields first, as in thread_
     central_t centrals[MAX_SIZE_CLASSES]
     latency_t latency
     int64_t time_every              # one allocation in so many is timed; 0: none; atomic
+    int64_t purge_after_ns          # 0: never by itself
+    bint zero_on_reuse
+    int64_t is_watched              # by the purger; atomic
+    int64_t next_purge_ns           # atomic
     int64_t n_failed                # atomic
     int64_t n_collections           # atomic
     int64_t next_collection_ns      # atomic

@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <sched.h>
+#include <stdint.h>
 #include <time.h>
 #include <unistd.h>
 #include <sys/mman.h>
@@ -23,6 +24,7 @@
 #ifdef __linux__
 #include <fcntl.h>
 #include <sched.h>
+#include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 /* Values of include/uapi/asm-generic/mman-common.h and linux/falloc.h, fixed by the kernel's ABI. */
@@ -31,6 +33,13 @@
 #endif
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
+#endif
+#ifndef MADV_COLD
+#define MADV_COLD 20
+#endif
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102
+#define MADV_GUARD_REMOVE 103
 #endif
 #ifndef FALLOC_FL_KEEP_SIZE
 #define FALLOC_FL_KEEP_SIZE 0x01
@@ -53,7 +62,67 @@ static inline int pagealloc_getcpu(unsigned *cpu, unsigned *node)
 #endif
     return (int)syscall(SYS_getcpu, cpu, node, NULL);
 }
+/* Values of include/uapi/linux/mempolicy.h. */
+#define PAGEALLOC_MPOL_PREFERRED 1
+#define PAGEALLOC_MPOL_BIND 2
+static inline int pagealloc_mbind(void *address, size_t nbytes, int mode, uint64_t nodes)
+{
+    unsigned long mask[2] = {(unsigned long)nodes, 0};
+    return (int)syscall(SYS_mbind, address, nbytes, mode, mask, 65ul, 0);
+}
+/* The node each page lies on, or a negative errno value, of this process's own pages. */
+static inline int pagealloc_pages_nodes(unsigned long n, void **pages, int *nodes)
+{
+    return (int)syscall(SYS_move_pages, 0, n, pages, NULL, nodes, 0);
+}
+
+/* PAGEMAP_SCAN of include/uapi/linux/fs.h, Linux 6.7: how much is mapped by huge pages. */
+struct pagealloc_scan_region {
+    uint64_t start, end, categories;
+};
+struct pagealloc_scan {
+    uint64_t size, flags, start, end, walk_end, regions, n_regions, max_pages;
+    uint64_t inverted, mask, any_mask, returned;
+};
+#define PAGEALLOC_PAGE_IS_HUGE (1 << 6)
+#define PAGEALLOC_PAGEMAP_SCAN _IOWR('f', 16, struct pagealloc_scan)
+static inline int64_t pagealloc_scan_huge(int fd, uint64_t start, uint64_t end)
+{
+    struct pagealloc_scan_region regions[64];
+    struct pagealloc_scan scan = {sizeof scan, 0, start, end, 0, (uintptr_t)regions, 64, 0,
+                                  0, PAGEALLOC_PAGE_IS_HUGE, 0, PAGEALLOC_PAGE_IS_HUGE};
+    int64_t nbytes = 0;
+    while (scan.start < end) {
+        int n = ioctl(fd, PAGEALLOC_PAGEMAP_SCAN, &scan);
+        if (n < 0)
+            return -1;
+        for (int i = 0; i < n; i++)
+            nbytes += (int64_t)(regions[i].end - regions[i].start);
+        scan.start = scan.walk_end;
+    }
+    return nbytes;
+}
 #else
+#define PAGEALLOC_MPOL_PREFERRED 1
+#define PAGEALLOC_MPOL_BIND 2
+static inline int pagealloc_mbind(void *address, size_t nbytes, int mode, uint64_t nodes)
+{
+    (void)address, (void)nbytes, (void)mode, (void)nodes;
+    errno = ENOSYS;
+    return -1;
+}
+static inline int pagealloc_pages_nodes(unsigned long n, void **pages, int *nodes)
+{
+    (void)n, (void)pages, (void)nodes;
+    errno = ENOSYS;
+    return -1;
+}
+static inline int64_t pagealloc_scan_huge(int fd, uint64_t start, uint64_t end)
+{
+    (void)fd, (void)start, (void)end;
+    errno = ENOSYS;
+    return -1;
+}
 #define PAGEALLOC_MEMBARRIER_PRIVATE_EXPEDITED 0
 #define PAGEALLOC_MEMBARRIER_REGISTER_PRIVATE_EXPEDITED 0
 static inline int pagealloc_membarrier(int command)
@@ -63,6 +132,11 @@ static inline int pagealloc_membarrier(int command)
     return -1;
 }
 #define MADV_POPULATE_WRITE -1
+#define MADV_COLD -1
+#define MADV_GUARD_INSTALL -1
+#define MADV_GUARD_REMOVE -1
+#define MADV_DONTFORK -1
+#define MADV_WIPEONFORK -1
 #define MADV_HUGEPAGE -1
 #define MADV_NOHUGEPAGE -1
 #define MADV_DONTDUMP -1
@@ -103,6 +177,63 @@ static inline void pagealloc_set_errno(int error)
 #else
 #define PAGEALLOC_CLOCK_COARSE CLOCK_MONOTONIC
 #endif
+
+/* A condition that is waited for by a clock nobody sets. */
+#include <pthread.h>
+#include <signal.h>
+static inline void pagealloc_condition_init(pthread_cond_t *condition)
+{
+#ifdef __linux__
+    pthread_condattr_t attributes;
+    if (pthread_condattr_init(&attributes) == 0) {
+        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+        pthread_cond_init(condition, &attributes);
+        pthread_condattr_destroy(&attributes);
+        return;
+    }
+#endif
+    pthread_cond_init(condition, NULL);
+}
+static inline void pagealloc_condition_wait(pthread_cond_t *condition, pthread_mutex_t *mutex,
+                                            int64_t ns)
+{
+    struct timespec until;
+#ifdef __linux__
+    clock_gettime(CLOCK_MONOTONIC, &until);
+#else
+    clock_gettime(CLOCK_REALTIME, &until);
+#endif
+    until.tv_sec += ns / 1000000000;
+    until.tv_nsec += ns % 1000000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000;
+    }
+    pthread_cond_timedwait(condition, mutex, &until);
+}
+/* A thread that no signal meets, that nobody joins, and that keeps no process from ending. */
+static inline int pagealloc_thread_start(void *(*body)(void *), const char *name)
+{
+    pthread_attr_t attributes;
+    pthread_t thread;
+    sigset_t all, before;
+    int error = pthread_attr_init(&attributes);
+    if (error)
+        return error;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attributes, 512 * 1024);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* the new thread inherits it */
+    error = pthread_create(&thread, &attributes, body, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+#ifdef __linux__
+    if (error == 0)
+        pthread_setname_np(thread, name);
+#endif
+    (void)name;
+    return error;
+}
 
 /* The thread waited for needs a few nanoseconds, unless it was preempted: then it needs the core. */
 static inline void pagealloc_wait_briefly(int n_waits)

@@ -15,12 +15,42 @@ cdef extern from "os_compat.h" nogil:
     const int MADV_NOHUGEPAGE
     const int MADV_DONTDUMP
     const int MADV_COLLAPSE
+    const int MADV_COLD
+    const int MADV_GUARD_INSTALL
+    const int MADV_GUARD_REMOVE
+    const int MADV_DONTFORK
+    const int MADV_WIPEONFORK
+
+cdef enum:                  # what tests may have refused, in the order of CALL_NAMES
+    CALL_MMAP
+    CALL_MUNMAP
+    CALL_MADVISE
+    CALL_MINCORE
+    CALL_MPROTECT
+    CALL_MEMFD_CREATE
+    CALL_FCHMOD
+    CALL_FTRUNCATE
+    CALL_FALLOCATE
+    CALL_PWRITE
+    CALL_FSTAT
+    CALL_MEMBARRIER
+    CALL_GETCPU
+    CALL_MREMAP
+    CALL_MBIND
+    CALL_MOVE_PAGES
+    CALL_PAGEMAP
+    CALL_VMSTAT
+    CALL_PTHREAD_CREATE
+    N_CALLS
 
 cdef enum:
     OS_MAX_NUMA_NODES = 64    # nodes from here on are counted as the last one
 
+cdef bint os_refused(int call) noexcept nogil
+
 # Asked of the machine once, at import.
 cdef size_t os_page_bytes() noexcept nogil
+cdef size_t os_real_page_bytes() noexcept nogil
 cdef size_t os_huge_page_bytes() noexcept nogil
 cdef int64_t os_max_mappings() noexcept nogil
 cdef int os_numa_node_count() noexcept nogil

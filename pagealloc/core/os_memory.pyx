@@ -1,4 +1,4 @@
-"""The only room that calls the OS.
+"""Memory from the OS; every call of the kernel goes through the table of this room.
 
 Purpose
     Reserve, back, purge and release memory; grow, punch and map the one file of a store; ask the
@@ -69,25 +69,10 @@ cdef extern from "os_compat.h" nogil:
 cdef extern from "<pthread.h>" nogil:
     int pthread_atfork(fork_hook prepare, fork_hook parent, fork_hook child)
 
-cdef enum:
-    CALL_MMAP
-    CALL_MUNMAP
-    CALL_MADVISE
-    CALL_MINCORE
-    CALL_MPROTECT
-    CALL_MEMFD_CREATE
-    CALL_FCHMOD
-    CALL_FTRUNCATE
-    CALL_FALLOCATE
-    CALL_PWRITE
-    CALL_FSTAT
-    CALL_MEMBARRIER
-    CALL_GETCPU
-    N_CALLS
-
 CALL_NAMES = (
     "mmap", "munmap", "madvise", "mincore", "mprotect", "memfd_create", "fchmod",
-    "ftruncate", "fallocate", "pwrite", "fstat", "membarrier", "getcpu",
+    "ftruncate", "fallocate", "pwrite", "fstat", "membarrier", "getcpu", "mremap", "mbind",
+    "move_pages", "pagemap", "vmstat", "pthread_create",
 )
 
 cdef struct os_call:
@@ -122,8 +107,18 @@ cdef inline bint refused(int call) noexcept nogil:
     return True
 
 
+cdef bint os_refused(int call) noexcept nogil:
+    """As `refused`, for the other rooms that call the kernel."""
+    return refused(call)
+
+
 cdef size_t os_page_bytes() noexcept nogil:
     return page_bytes
+
+
+cdef size_t os_real_page_bytes() noexcept nogil:
+    """What the kernel counts in: os_page_bytes(), but in tests of larger pages."""
+    return real_page_bytes
 
 
 cdef size_t os_huge_page_bytes() noexcept nogil:

@@ -2,9 +2,8 @@
 
 from libc.stdint cimport int64_t, uint16_t
 
-from pagealloc.core.arena cimport arena_t
-from pagealloc.core.free_runs cimport free_runs_t
-from pagealloc.core.mutex cimport mutex_t
+from pagealloc.core.arenas cimport page_heap_t
+from pagealloc.core.backing cimport placement_t
 from pagealloc.core.page_map cimport block_t, page_map_t
 from pagealloc.core.page_run cimport run_t
 
@@ -13,37 +12,22 @@ cdef enum:                      # what a free by address comes to
     NOT_OURS = 1                # no slot or run of this heap starts there
     NOT_LIVE = 2                # it is free already
 
-cdef struct page_heap_t:
-    mutex_t mutex
-    page_map_t *map             # the process's; this heap's arenas are entered into it
-    void *owner                 # what the map's arenas lead to: the heap_t
-    size_t arena_bytes
-    size_t page_bytes
-    int ladder                  # the backings its arenas may have
-    int64_t budget_bytes        # -1: none
-    # All below: guarded by `mutex`.
-    free_runs_t free
-    arena_t *arenas
-    int64_t reserved_bytes
-    int64_t committed_bytes     # what may be backed; never above the budget
-    int64_t used_pages          # in runs that are live or slabs
-    int64_t n_runs_out          # runs that are not slabs: live, or free in a magazine or a list
-
 cdef void page_heap_init(
     page_heap_t *pages, page_map_t *map, void *owner, size_t page_bytes, size_t arena_bytes,
-    int ladder, int64_t budget_bytes
+    const placement_t *placement, int64_t budget_bytes
 ) noexcept nogil
 cdef int page_heap_destroy(page_heap_t *pages) noexcept nogil
 cdef run_t *page_heap_alloc(
     page_heap_t *pages, int64_t n_pages, size_t align_bytes, uint16_t size_class, void *slab,
     bint may_grow, bint *fresh, int *error
 ) noexcept nogil
-cdef void page_heap_free(page_heap_t *pages, const block_t *blocks, int64_t n) noexcept nogil
+cdef void page_heap_free(
+    page_heap_t *pages, const block_t *blocks, int64_t n, bint is_idle
+) noexcept nogil
 cdef size_t page_heap_run_bytes(page_heap_t *pages, const char *address) noexcept nogil
 cdef bint page_heap_has_own_arena(
     const page_heap_t *pages, int64_t n_pages, size_t align_bytes
 ) noexcept nogil
-cdef int64_t page_heap_trim(page_heap_t *pages) noexcept nogil
 cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil
 
 cdef struct arena_report_t:
@@ -51,6 +35,8 @@ cdef struct arena_report_t:
     int64_t reserved_bytes
     int64_t committed_bytes
     int64_t held_bytes          # -1: the kernel refused to say
+    int64_t huge_bytes          # -1: it does not say that
+    int node                    # negative: of none, or it does not say
     int achieved_backing
     bint dedicated
 

@@ -8,10 +8,8 @@ Structure
                     -> a new arena, within the budget (of its own for a large request)
     page_heap_free  -> merge with free neighbours; a dedicated arena goes back at once
 Invariants
-    those of free_runs; each arena is in the page map from its first to its last chunk (a dedicated
-    one with its first)
+    those of arenas and free_runs
     a page's class is that of the run that starts there or the slab that covers it, else 0
-    reserved_bytes = sum(arena.nbytes); committed_bytes = sum(n_committed * granule_bytes)
     used_pages = sum of pages of runs that are out and of slabs; n_runs_out = number of the former
     committed_bytes <= budget_bytes
 Locking
@@ -22,56 +20,55 @@ Units
 """
 
 from libc.errno cimport ENOMEM
-from libc.stdint cimport int64_t, uint16_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uintptr_t
 from libc.string cimport memset
 
 from pagealloc.core.arena cimport (
-    ERROR_BUDGET,
-    ERROR_GROWTH,
-    arena_abandon,
     arena_commit,
-    arena_delete,
     arena_held_bytes,
-    arena_missing_bytes,
-    arena_new,
-    arena_purge,
+    arena_missing_pages,
+    arena_node,
     arena_t,
 )
+from pagealloc.core.arenas cimport (
+    FIRST_TICK,
+    IDLE_TICKS,
+    arenas_add,
+    arenas_drop,
+    arenas_note_free,
+    arenas_purge,
+    mapped_bytes,
+    page_heap_t,
+)
+from pagealloc.core.backing cimport ERROR_BUDGET, ERROR_GROWTH, placement_t
 from pagealloc.core.free_runs cimport (
     aligned_start,
-    free_runs_add_arena,
     free_runs_carve,
     free_runs_check_arena,
     free_runs_destroy,
     free_runs_fit,
     free_runs_init,
     free_runs_merge,
-    free_runs_remove_arena,
 )
 from pagealloc.core.atomics cimport atomic_store_u16
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
+from pagealloc.core.os_pages cimport os_huge_bytes
 from pagealloc.core.page_map cimport (
     CHUNK_BYTES,
     block_t,
-    chunk_t,
-    page_map_add,
     page_map_arena,
-    page_map_attach,
     page_map_chunk,
-    page_map_detach,
-    page_map_recycle,
     page_map_t,
 )
 from pagealloc.core.page_run cimport RUN_FREE, RUN_LIVE, RUN_SLAB, run_t, run_tree_check
 
 cdef extern from "poison.h" nogil:
     void poison "pagealloc_poison"(void *address, size_t nbytes)
-    void unpoison "pagealloc_unpoison"(void *address, size_t nbytes)
 
 
 cdef void page_heap_init(
     page_heap_t *pages, page_map_t *map, void *owner, size_t page_bytes, size_t arena_bytes,
-    int ladder, int64_t budget_bytes
+    const placement_t *placement, int64_t budget_bytes
 ) noexcept nogil:
     memset(pages, 0, sizeof(page_heap_t))
     mutex_init(&pages.mutex)
@@ -80,7 +77,8 @@ cdef void page_heap_init(
     pages.owner = owner
     pages.page_bytes = page_bytes
     pages.arena_bytes = arena_bytes
-    pages.ladder = ladder
+    pages.placement = placement[0]
+    pages.tick = FIRST_TICK
     pages.budget_bytes = budget_bytes
 
 
@@ -89,7 +87,7 @@ cdef int page_heap_destroy(page_heap_t *pages) noexcept nogil:
     cdef int error = 0
     mutex_lock(&pages.mutex)
     while pages.arenas != NULL and error == 0:
-        error = drop_arena(pages, pages.arenas)
+        error = arenas_drop(pages, pages.arenas)
     mutex_unlock(&pages.mutex)
     if error == 0:
         free_runs_destroy(&pages.free)
@@ -98,106 +96,16 @@ cdef int page_heap_destroy(page_heap_t *pages) noexcept nogil:
 
 
 # ---------------------------------------------------------------------------------------------
-# Arenas, locked
+# Within the budget, locked
 
-cdef inline size_t mapped_bytes(const arena_t *arena) noexcept nogil:
-    """How much of an arena is in the page map: nothing starts in a dedicated one's other chunks."""
-    return CHUNK_BYTES if arena.dedicated else arena.nbytes
-
-
-cdef arena_t *add_arena(
-    page_heap_t *pages, size_t nbytes, size_t align_bytes, bint dedicated, int *error
-) noexcept nogil:
-    """Reserve an arena and enter it as one free run (of `nbytes` exactly if it is dedicated)."""
-    cdef arena_t *arena = arena_new(nbytes, align_bytes, pages.ladder, error)
-    if arena == NULL:
-        return NULL
-    arena.dedicated = dedicated
-    error[0] = page_map_add(
-        pages.map, arena.address, mapped_bytes(arena), pages.owner, arena
-    )
-    if error[0] == 0:
-        error[0] = free_runs_add_arena(
-            &pages.free, arena,
-            <int64_t>(nbytes // pages.page_bytes) if dedicated else arena.n_pages
-        )
-        if error[0]:
-            page_map_recycle(
-                pages.map, page_map_detach(pages.map, arena.address, mapped_bytes(arena))
-            )
-    if error[0]:
-        arena_abandon(arena)
-        return NULL
-    arena.next = pages.arenas
-    if arena.next != NULL:
-        arena.next.previous = arena
-    pages.arenas = arena
-    pages.reserved_bytes += <int64_t>arena.nbytes
-    pages.committed_bytes += arena.n_committed * <int64_t>arena.granule_bytes
-    poison(arena.address, arena.nbytes)
-    return arena
-
-
-cdef bint keep_arena(page_heap_t *pages, arena_t *arena, chunk_t *chunks) noexcept nogil:
-    """Enter an arena again that the kernel refused to unmap; False if there is no memory to.
-
-    It is entered as a whole, also if it was made for one request.
-    """
-    cdef size_t nbytes = mapped_bytes(arena)
-    if nbytes < arena.nbytes and page_map_add(
-        pages.map, arena.address + nbytes, arena.nbytes - nbytes, pages.owner, arena
-    ) != 0:
-        return False
-    page_map_attach(pages.map, arena.address, chunks, pages.owner, arena)
-    arena.dedicated = False
-    free_runs_add_arena(&pages.free, arena, arena.n_pages)  # with the descriptor just given up
-    poison(arena.address, arena.nbytes)
-    return True
-
-
-cdef int drop_arena(page_heap_t *pages, arena_t *arena) noexcept nogil:
-    """Unmap an arena that is one free run.
-
-    If the kernel refuses, its errno value is returned and the arena stays, as an ordinary one
-    whose pages serve the next request.
-    """
-    cdef arena_t gone = arena[0]
-    cdef chunk_t *chunks
-    cdef int error
-    # Out of the map first: once unmapped, the addresses may become another heap's at any moment.
-    chunks = page_map_detach(pages.map, gone.address, mapped_bytes(arena))
-    free_runs_remove_arena(&pages.free, arena)
-    unpoison(gone.address, gone.nbytes)
-    error = arena_delete(arena)
-    if error and keep_arena(pages, arena, chunks):
-        return error
-    if error:
-        arena_abandon(arena)
-    page_map_recycle(pages.map, chunks)
-    if gone.next != NULL:
-        gone.next.previous = gone.previous
-    if gone.previous != NULL:
-        gone.previous.next = gone.next
-    else:
-        pages.arenas = gone.next
-    pages.reserved_bytes -= <int64_t>gone.nbytes
-    pages.committed_bytes -= gone.n_committed * <int64_t>gone.granule_bytes
-    return 0
-
-
-cdef inline bint is_one_free_run(const arena_t *arena) noexcept nogil:
-    cdef run_t *run = arena.run_of_page[0]
-    return run.state == RUN_FREE and (arena.dedicated or run.n_pages == arena.n_pages)
-
-
-cdef int64_t purge_free_runs(
+cdef void purge_free_runs(
     page_heap_t *pages, int64_t enough_bytes, const run_t *spared
 ) noexcept nogil:
     """Give back what free runs hold until committed_bytes is down to `enough_bytes`.
 
-    Returns the physical bytes that went back.  `spared` is about to be used.
+    `spared` is about to be used.
     """
-    cdef int64_t purged_bytes = 0, page, n_committed
+    cdef int64_t page
     cdef arena_t *arena = pages.arenas
     cdef run_t *run
     while arena != NULL:
@@ -205,16 +113,9 @@ cdef int64_t purge_free_runs(
         while page < arena.n_pages and pages.committed_bytes > enough_bytes:
             run = arena.run_of_page[page]
             if run.state == RUN_FREE and run != spared:
-                n_committed = arena.n_committed
-                purged_bytes += arena_purge(
-                    arena, run.address, run.n_pages * <int64_t>pages.page_bytes
-                )
-                pages.committed_bytes -= (
-                    (n_committed - arena.n_committed) * <int64_t>arena.granule_bytes
-                )
+                arenas_purge(pages, arena, run)
             page = arena.n_pages if arena.dedicated else page + run.n_pages
         arena = arena.next
-    return purged_bytes
 
 
 cdef bint is_affordable(
@@ -222,7 +123,9 @@ cdef bint is_affordable(
 ) noexcept nogil:
     cdef const arena_t *arena = <const arena_t *>run.arena
     return pages.budget_bytes < 0 or (
-        pages.committed_bytes + arena_missing_bytes(arena, start, nbytes) <= pages.budget_bytes
+        pages.committed_bytes
+        + arena_missing_pages(arena, start, nbytes) * <int64_t>pages.page_bytes
+        <= pages.budget_bytes
     )
 
 
@@ -236,7 +139,7 @@ cdef run_t *find_affordable(
     parts are in use.  NULL if there is none.
     """
     cdef int64_t nbytes = n_pages * <int64_t>pages.page_bytes
-    cdef int64_t missing_bytes = arena_missing_bytes(
+    cdef int64_t missing_bytes = <int64_t>pages.page_bytes * arena_missing_pages(
         <arena_t *>best.arena, aligned_start(best, align_bytes), nbytes
     )
     cdef arena_t *arena = pages.arenas
@@ -286,7 +189,7 @@ cdef void commit(page_heap_t *pages, const run_t *run, bint *fresh) noexcept nog
     cdef arena_t *arena = <arena_t *>run.arena
     cdef int64_t n_committed = arena.n_committed
     fresh[0] = arena_commit(arena, run.address, run.n_pages * <int64_t>pages.page_bytes)
-    pages.committed_bytes += (arena.n_committed - n_committed) * <int64_t>arena.granule_bytes
+    pages.committed_bytes += (arena.n_committed - n_committed) * <int64_t>arena.page_bytes
     pages.used_pages += run.n_pages
     pages.n_runs_out += run.state == RUN_LIVE
 
@@ -326,7 +229,7 @@ cdef run_t *page_heap_alloc(
         if run == NULL and not may_grow:
             error[0] = ERROR_GROWTH
         elif run == NULL:
-            grown = add_arena(
+            grown = arenas_add(
                 pages, nbytes if dedicated else pages.arena_bytes, align_bytes, dedicated, error
             )
             if grown != NULL:
@@ -347,20 +250,25 @@ cdef run_t *page_heap_alloc(
         else:
             error[0] = ENOMEM
     if error[0] and grown != NULL:
-        drop_arena(pages, grown)
+        arenas_drop(pages, grown)
     mutex_unlock(&pages.mutex)
     return run if error[0] == 0 else NULL
 
 
-cdef void page_heap_free(page_heap_t *pages, const block_t *blocks, int64_t n) noexcept nogil:
+cdef void page_heap_free(
+    page_heap_t *pages, const block_t *blocks, int64_t n, bint is_idle
+) noexcept nogil:
     """Take back runs and slabs by where they start, and merge each with its free neighbours.
 
-    A dedicated arena goes back to the kernel; refused, it stays for the next request.
+    `is_idle` tells that nobody has needed them for a while: they may go back to the kernel at once.
+    A dedicated arena does in any case; refused, it stays for the next request.
     """
+    cdef int32_t tick
     cdef int64_t i
     cdef arena_t *arena
     cdef run_t *run
     mutex_lock(&pages.mutex)
+    tick = pages.tick - IDLE_TICKS if is_idle else pages.tick
     for i in range(n):
         arena = <arena_t *>page_map_arena(pages.map, blocks[i].address, pages.owner)
         run = arena.run_of_page[
@@ -370,9 +278,11 @@ cdef void page_heap_free(page_heap_t *pages, const block_t *blocks, int64_t n) n
         set_class(pages, run, 0)
         pages.used_pages -= run.n_pages
         pages.n_runs_out -= run.state == RUN_LIVE
+        if not arena.dedicated:
+            arenas_note_free(pages, run, tick)
         free_runs_merge(&pages.free, run)
         if arena.dedicated:
-            drop_arena(pages, arena)
+            arenas_drop(pages, arena)
     mutex_unlock(&pages.mutex)
 
 
@@ -389,25 +299,6 @@ cdef size_t page_heap_run_bytes(page_heap_t *pages, const char *address) noexcep
     return nbytes
 
 
-cdef int64_t page_heap_trim(page_heap_t *pages) noexcept nogil:
-    """Purge all that is free and unmap empty arenas; returns the physical bytes that went back."""
-    cdef int64_t purged_bytes, held_bytes
-    cdef arena_t *arena
-    cdef arena_t *next_arena
-    mutex_lock(&pages.mutex)
-    purged_bytes = purge_free_runs(pages, 0, NULL)
-    arena = pages.arenas
-    while arena != NULL:
-        next_arena = arena.next
-        if is_one_free_run(arena):
-            held_bytes = arena_held_bytes(arena)    # what could not be purged, hugetlb pages say
-            if drop_arena(pages, arena) == 0 and held_bytes > 0:
-                purged_bytes += held_bytes
-        arena = next_arena
-    mutex_unlock(&pages.mutex)
-    return purged_bytes
-
-
 cdef int64_t page_heap_report(
     page_heap_t *pages, arena_report_t *reports, int64_t n_reports
 ) noexcept nogil:
@@ -420,8 +311,10 @@ cdef int64_t page_heap_report(
         if i < n_reports:
             reports[i].address = arena.address
             reports[i].reserved_bytes = <int64_t>arena.nbytes
-            reports[i].committed_bytes = arena.n_committed * <int64_t>arena.granule_bytes
+            reports[i].committed_bytes = arena.n_committed * <int64_t>arena.page_bytes
             reports[i].held_bytes = arena_held_bytes(arena)
+            reports[i].huge_bytes = os_huge_bytes(arena.address, arena.nbytes)
+            reports[i].node = arena_node(arena)
             reports[i].achieved_backing = arena.achieved_backing
             reports[i].dedicated = arena.dedicated
         i += 1
@@ -449,6 +342,7 @@ cdef const char *check_classes(page_heap_t *pages, const arena_t *arena) noexcep
 cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil:
     """NULL, or which invariant is broken."""
     cdef int64_t n_free = 0, n_live = 0, used_pages = 0, reserved_bytes = 0, committed_bytes = 0
+    cdef int64_t n_dirty = 0
     cdef const char *broken = NULL
     cdef arena_t *arena
     mutex_lock(&pages.mutex)
@@ -465,7 +359,8 @@ cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil:
         if broken == NULL:
             broken = check_classes(pages, arena)
         reserved_bytes += <int64_t>arena.nbytes
-        committed_bytes += arena.n_committed * <int64_t>arena.granule_bytes
+        n_dirty += arena.n_dirty
+        committed_bytes += arena.n_committed * <int64_t>arena.page_bytes
         arena = arena.next
     if broken == NULL:
         if run_tree_check(pages.free.tree, NULL, NULL) != n_free or n_free != pages.free.n_runs:
@@ -478,6 +373,8 @@ cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil:
             broken = "reserved_bytes is not the sum of the arenas"
         elif committed_bytes != pages.committed_bytes:
             broken = "committed_bytes is not the sum of the committed granules"
+        elif n_dirty != pages.n_dirty:
+            broken = "n_dirty is not the sum of the arenas"
         elif 0 <= pages.budget_bytes < committed_bytes:
             broken = "committed_bytes is above the budget"
     mutex_unlock(&pages.mutex)

@@ -23,6 +23,7 @@ cdef struct slabs_t:
     int64_t slab_pages
     slab_t *partial         # slabs with a free slot and a taken one; the one freed into first
     slab_t *empty           # at most one wholly free slab, kept so that a lone slot is cheap
+    bint empty_is_victim    # it was kept during the whole of a collection's time already
     slab_t *unused          # descriptors; never given back while the heap lives
     int64_t n_slabs
     int64_t n_taken         # slots
@@ -34,6 +35,9 @@ cdef void slabs_destroy(slabs_t *slabs) noexcept nogil
 cdef int64_t slabs_take(
     slabs_t *slabs, block_t *slots, int64_t n, bint may_grow, int *error
 ) noexcept nogil
-cdef void slabs_put(slabs_t *slabs, const block_t *slots, int64_t n) noexcept nogil
+cdef void slabs_put(
+    slabs_t *slabs, const block_t *slots, int64_t n, bint is_idle
+) noexcept nogil
+cdef void slabs_collect(slabs_t *slabs) noexcept nogil
 cdef void slabs_trim(slabs_t *slabs) noexcept nogil
 cdef const char *slabs_check(slabs_t *slabs) noexcept nogil

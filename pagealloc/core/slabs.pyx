@@ -105,11 +105,11 @@ cdef slab_t *new_slab(slabs_t *slabs, bint may_grow, int *error) noexcept nogil:
     return slab
 
 
-cdef void drop_slab(slabs_t *slabs, slab_t *slab) noexcept nogil:
+cdef void drop_slab(slabs_t *slabs, slab_t *slab, bint is_idle) noexcept nogil:
     """Give a wholly free slab's run back."""
     cdef block_t block
     block.address = slab.run.address
-    page_heap_free(slabs.pages, &block, 1)
+    page_heap_free(slabs.pages, &block, 1, is_idle)
     slab.run = NULL
     slab.next = slabs.unused
     slabs.unused = slab
@@ -189,8 +189,10 @@ cdef slab_t *slab_of(const slabs_t *slabs, const char *slot) noexcept nogil:
     ].slab
 
 
-cdef void slabs_put(slabs_t *slabs, const block_t *slots, int64_t n) noexcept nogil:
-    """Take back slots that `slabs_take` gave."""
+cdef void slabs_put(
+    slabs_t *slabs, const block_t *slots, int64_t n, bint is_idle
+) noexcept nogil:
+    """Take back slots that `slabs_take` gave; `is_idle` as for page_heap_free."""
     cdef size_t page_bytes = slabs.pages.page_bytes
     cdef size_t offset
     cdef uint32_t i
@@ -211,15 +213,23 @@ cdef void slabs_put(slabs_t *slabs, const block_t *slots, int64_t n) noexcept no
             unlink_partial(slabs, slab)
             if slabs.empty == NULL:
                 slabs.empty = slab
+                slabs.empty_is_victim = False
             else:
-                drop_slab(slabs, slab)
+                drop_slab(slabs, slab, is_idle)
     slabs.n_taken -= n
+
+
+cdef void slabs_collect(slabs_t *slabs) noexcept nogil:
+    """One collection: the kept empty slab goes at the second that finds it."""
+    if slabs.empty != NULL and slabs.empty_is_victim:
+        slabs_trim(slabs)
+    slabs.empty_is_victim = True
 
 
 cdef void slabs_trim(slabs_t *slabs) noexcept nogil:
     """Give the kept empty slab back to the page heap."""
     if slabs.empty != NULL:
-        drop_slab(slabs, slabs.empty)
+        drop_slab(slabs, slabs.empty, True)
         slabs.empty = NULL
 
 

@@ -41,7 +41,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             if self.backing == "base":  # exact: what is live, and the request, in whole pages
                 stats = self.allocator.stats()
                 slab_bytes = sum(c.n_slabs * max(65536, PAGE_BYTES) for c in stats.classes)
-                slot_bytes = sum(c.n_live * c.slot_bytes for c in stats.classes)
+                slot_bytes = sum(c.n_live * c.block_bytes for c in stats.classes if c.n_slabs)
                 used_bytes = stats.live_bytes - slot_bytes + slab_bytes
                 assert used_bytes + -(-nbytes // PAGE_BYTES) * PAGE_BYTES > BUDGET_BYTES
             return None

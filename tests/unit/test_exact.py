@@ -29,7 +29,7 @@ def test_slots_lie_side_by_side_within_pages(allocator, nbytes):
     for i, buffer in enumerate(buffers):
         memoryview(buffer)[:] = bytes([i % 256]) * nbytes
     assert all(bytes(buffer) == bytes([i % 256]) * nbytes for i, buffer in enumerate(buffers))
-    slots = next(c for c in allocator.stats().classes if c.slot_bytes == nbytes)
+    slots = next(c for c in allocator.stats().classes if c.block_bytes == nbytes)
     assert slots.n_live == len(buffers)
 
 

@@ -62,7 +62,7 @@ def test_the_unused_end_of_a_page_is_no_slot(allocator):
     """Slots of 1,344 bytes leave 64 at the end of a 4 KiB page."""
     address = alloc_address(allocator, 1344)
     page = address // PAGE_BYTES * PAGE_BYTES
-    slot_bytes = next(c.slot_bytes for c in allocator.stats().classes if c.n_live)
+    slot_bytes = next(c.block_bytes for c in allocator.stats().classes if c.n_live)
     with pytest.raises(ValueError, match=r"foreign pointer|double free"):
         free_address(allocator, page + PAGE_BYTES // slot_bytes * slot_bytes)
     free_address(allocator, address)

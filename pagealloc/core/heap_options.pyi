@@ -1,0 +1,1 @@
+BACKINGS: dict[str, int]
