@@ -42,6 +42,7 @@ cdef int64_t arenas_purge(page_heap_t *pages, arena_t *arena, run_t *run) noexce
 cdef int64_t arenas_purge_pages(
     page_heap_t *pages, arena_t *arena, int64_t first, int64_t end
 ) noexcept nogil
+cdef void arenas_leave_hugetlb(page_heap_t *pages) noexcept nogil
 cdef void arenas_note_free(page_heap_t *pages, const run_t *run, int32_t tick) noexcept nogil
 
 

@@ -25,6 +25,7 @@ from pagealloc.core.arena cimport (
     arena_purge,
     arena_t,
 )
+from pagealloc.core.backing cimport BACKING_BASE, BACKING_HUGETLB
 from pagealloc.core.free_runs cimport free_runs_add_arena, free_runs_remove_arena
 from pagealloc.core.page_map cimport (
     chunk_t,
@@ -33,7 +34,9 @@ from pagealloc.core.page_map cimport (
     page_map_detach,
     page_map_recycle,
 )
-from pagealloc.core.page_run cimport run_t
+from pagealloc.core.os_memory cimport os_abandon, os_reserve
+from pagealloc.core.os_pages cimport os_copy, os_forbid, os_move_onto
+from pagealloc.core.page_run cimport RUN_FREE, run_t
 
 cdef extern from "poison.h" nogil:
     void poison "pagealloc_poison"(void *address, size_t nbytes)
@@ -149,3 +152,46 @@ cdef void arenas_note_free(page_heap_t *pages, const run_t *run, int32_t tick) n
     cdef int64_t n_dirty = arena.n_dirty
     arena_note_free(arena, run.address, run.n_pages * <int64_t>pages.page_bytes, tick)
     pages.n_dirty += arena.n_dirty - n_dirty
+
+
+# ---------------------------------------------------------------------------------------------
+# In a forked child
+
+cdef void copy_runs(const arena_t *arena, char *copy) noexcept nogil:
+    """Copy what is in use; what cannot be read is not to be accessed any more."""
+    cdef int64_t page = 0, end = 1 if arena.dedicated else arena.n_pages
+    cdef size_t nbytes, n_copied
+    cdef run_t *run
+    while page < end:
+        run = arena.run_of_page[page]
+        if run.state != RUN_FREE:
+            nbytes = <size_t>run.n_pages * arena.page_bytes
+            n_copied = os_copy(copy + (run.address - arena.address), run.address, nbytes)
+            n_copied -= n_copied % arena.page_bytes
+            if n_copied < nbytes:
+                os_forbid(copy + (run.address - arena.address) + n_copied, nbytes - n_copied)
+        page += run.n_pages
+
+
+cdef void arenas_leave_hugetlb(page_heap_t *pages) noexcept nogil:
+    """Put base pages in the place of hugetlb pages.
+
+    The child has no reservation in the pool: its first write into a page it shares, or a write of
+    the parent's, could find the pool empty, and that is SIGBUS for the child.  Refused memory for
+    the copy, it stays as it is.
+    """
+    cdef arena_t *arena = pages.arenas
+    cdef char *copy
+    while arena != NULL:
+        copy = NULL
+        if arena.achieved_backing == BACKING_HUGETLB:
+            copy = <char *>os_reserve(arena.nbytes, arena.page_bytes)
+        if copy != NULL:
+            if not pages.placement.is_wiped_on_fork:
+                copy_runs(arena, copy)
+            if os_move_onto(copy, arena.nbytes, arena.address) == 0:
+                arena.achieved_backing = BACKING_BASE
+                arena.granule_pages = 1
+            else:
+                os_abandon(copy, arena.nbytes)
+        arena = arena.next

@@ -20,7 +20,6 @@ from libc.stdint cimport int64_t
 
 from pagealloc.core.os_memory cimport (
     MADV_COLLAPSE,
-    MADV_DONTFORK,
     MADV_HUGEPAGE,
     MADV_NOHUGEPAGE,
     MADV_WIPEONFORK,
@@ -69,9 +68,8 @@ cdef char *reserve_hugetlb(
     if address == NULL:
         error[0] = errno
         return NULL
-    # Kept from children, who would have no reservation of their own: see fork_memory.
-    error[0] = os_advise(address, nbytes, MADV_DONTFORK)
-    if error[0] == 0 and placement.node >= 0:
+    error[0] = 0        # children: WIPEONFORK is not for hugetlb, see arenas_leave_hugetlb
+    if placement.node >= 0:
         if os_bind_to_node(address, nbytes, placement.node, placement.node_is_strict) != 0:
             error[0] = ERROR_PLACEMENT
     if error[0] == 0:

@@ -176,22 +176,25 @@ cdef Batch new_batch(Heap heap, size_t nbytes, size_t align_bytes, Py_ssize_t n_
     cdef Batch batch = Batch.__new__(Batch)
     cdef heap_t *c_heap = heap.open_heap()
     cdef char **blocks = <char **>calloc(n_blocks, sizeof(char *))
-    cdef int refused, error = 0
+    cdef int refused, error = 0, n_asked = 0
     if blocks == NULL:
         raise OutOfMemoryError(f"no memory for the addresses of {n_blocks} blocks")
     batch.owner = heap
     batch.nbytes = nbytes
     batch.n_blocks = n_blocks
     heap.enter()
-    with nogil:
-        refused = heap_alloc_many(
-            c_heap, nbytes, align_bytes, <size_t>n_blocks, blocks, &error
-        )
     try:
-        if refused:
-            free(blocks)
-            raise heap.refusal(nbytes, align_bytes, error, n_blocks)
+        while True:
+            with nogil:
+                refused = heap_alloc_many(
+                    c_heap, nbytes, align_bytes, <size_t>n_blocks, blocks, &error
+                )
+            if not refused:
+                batch.blocks = blocks
+                return batch
+            heap.relieve(nbytes, align_bytes, error, n_blocks, &n_asked)
+    except BaseException:
+        free(blocks)
+        raise
     finally:
         heap.leave()
-    batch.blocks = blocks
-    return batch

@@ -202,15 +202,16 @@ cdef int fill_slow(
     """Let go of the GIL while the kernel may have to work."""
     cdef heap_t *c_heap = heap.enter()
     cdef bint fresh = False
-    cdef int error = 0
-    with nogil:
-        buffer.memory = heap_alloc_slow(
-            c_heap, nbytes, align_bytes, slot_class, &fresh, &error
-        )
-    buffer.fresh = fresh
+    cdef int error = 0, n_asked = 0
     try:
-        if buffer.memory == NULL:
-            raise heap.refusal(nbytes, align_bytes, error)
+        while True:
+            with nogil:
+                buffer.memory = heap_alloc_slow(
+                    c_heap, nbytes, align_bytes, slot_class, &fresh, &error
+                )
+            if buffer.memory != NULL:
+                buffer.fresh = fresh
+                return 0
+            heap.relieve(nbytes, align_bytes, error, 1, &n_asked)
     finally:
         heap.leave()
-    return 0

@@ -18,6 +18,7 @@ Units
 
 from libc.stdint cimport int64_t, uint32_t
 
+from pagealloc.core.arenas cimport arenas_leave_hugetlb
 from pagealloc.core.atomics cimport atomic_load_i64, atomic_store_i64
 from pagealloc.core.block_map cimport block_map_init
 from pagealloc.core.central cimport central_destroy, central_trim
@@ -254,6 +255,7 @@ cdef void unlock_all_in_child() noexcept nogil:
     held_heap = NULL
     while heap != NULL:
         atomic_store_i64(&heap.is_watched, False)
+        arenas_leave_hugetlb(&heap.pages)
         cache = heap.caches
         while cache != NULL:
             if not pthread_equal(cache.thread, pthread_self()):

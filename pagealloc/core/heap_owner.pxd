@@ -11,6 +11,8 @@ cdef class Heap:
     cdef int64_t fork_generation    # of the process n_calls counts for
     cdef object __weakref__
     cdef object n_faults_before     # page faults of the process when this was made
+    cdef list pressure_callbacks
+    cdef set threads_in_callbacks
     cdef readonly object backing
     cdef readonly object arena_bytes
     cdef readonly object budget_bytes
@@ -18,6 +20,9 @@ cdef class Heap:
     cdef heap_t *enter(self) except NULL
     cdef void leave(self) noexcept
     cdef void forget_lost_calls(self) noexcept
+    cdef int relieve(
+        self, size_t nbytes, size_t align_bytes, int error, Py_ssize_t n_blocks, int *n_asked
+    ) except -1
     cdef object refusal(
         self, size_t nbytes, size_t align_bytes, int error, Py_ssize_t n_blocks=*
     )

@@ -20,8 +20,10 @@ import errno as _errno
 import gc
 import operator
 import os
+from threading import get_ident
 from weakref import ref
 
+from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uintptr_t
 
 from pagealloc.core.atomics cimport atomic_load_i64
@@ -105,6 +107,8 @@ cdef class Heap:
         self.arena_bytes = options.arena_bytes
         self.budget_bytes = None if options.budget_bytes < 0 else options.budget_bytes
         self.n_faults_before = process_faults()
+        self.pressure_callbacks = []
+        self.threads_in_callbacks = set()
         self.heap = heap_new(&options)
         if self.heap == NULL:
             raise OutOfMemoryError("no memory for the tables of an allocator")
@@ -139,6 +143,30 @@ cdef class Heap:
             self.fork_generation = os_fork_generation()
             self.n_calls = 0
 
+    cdef int relieve(
+        self, size_t nbytes, size_t align_bytes, int error, Py_ssize_t n_blocks, int *n_asked
+    ) except -1:
+        """Let the next callback free something, and return; raise if there is none left to ask.
+
+        `n_asked` counts those asked for this request.
+        """
+        cdef object thread = get_ident()
+        if (
+            (error != ERROR_BUDGET and error != ENOMEM) or thread in self.threads_in_callbacks
+            or n_asked[0] >= len(self.pressure_callbacks)
+        ):
+            raise self.refusal(nbytes, align_bytes, error, n_blocks)
+        callback = self.pressure_callbacks[n_asked[0]]
+        n_asked[0] += 1
+        self.threads_in_callbacks.add(thread)
+        try:
+            callback(nbytes * <object>n_blocks)
+        except Exception as problem:
+            raise self.refusal(nbytes, align_bytes, error, n_blocks) from problem
+        finally:
+            self.threads_in_callbacks.discard(thread)
+        return 0
+
     cdef object refusal(
         self, size_t nbytes, size_t align_bytes, int error, Py_ssize_t n_blocks=1
     ):
@@ -156,10 +184,11 @@ cdef class Heap:
                 f"({format_bytes(counts.live_bytes)} in use by {counts.n_live} live buffers); "
                 f"close Buffers, or make the allocator with a larger budget_bytes"
             )
+        huge_bytes = self.heap.pages.placement.hugetlb_bytes
         if error == ERROR_ALIGNMENT:
             return ValueError(
                 f"{asked} with backing='hugetlb', whose memory is aligned to "
-                f"{format_bytes(os_huge_page_bytes())} at most: ask for less, or use backing='auto'"
+                f"{format_bytes(huge_bytes)} at most: ask for less, or use backing='auto'"
             )
         if error == ERROR_NO_HUGE_PAGES:
             return BackingUnavailableError(
@@ -176,12 +205,18 @@ cdef class Heap:
             )
         reason = os.strerror(error)
         if self.backing == "hugetlb":
-            n_huge = -(-max(self.arena_bytes, all_bytes) // os_huge_page_bytes())
+            n_huge = -(-max(self.arena_bytes, all_bytes) // huge_bytes)
+            command = f"sysctl vm.nr_hugepages={n_huge}"
+            if huge_bytes != os_huge_page_bytes():
+                command = (
+                    f"sh -c 'echo {n_huge} > "
+                    f"/sys/kernel/mm/hugepages/hugepages-{huge_bytes >> 10}kB/nr_hugepages'"
+                )
             return BackingUnavailableError(
                 error,
                 f"{asked} with backing='hugetlb', and the kernel refused ({reason}): "
                 f"its pool has too few free huge pages for an arena; reserve them with "
-                f"'sudo sysctl vm.nr_hugepages={n_huge}', or use backing='auto'",
+                f"'sudo {command}', or use backing='auto'",
             )
         return OutOfMemoryError(
             f"{asked}: the kernel refused ({reason}); {format_bytes(counts.reserved_bytes)} are "
@@ -208,19 +243,59 @@ cdef class Heap:
         """True after `close()`."""
         return self.heap == NULL
 
+    def on_pressure(self, callback):
+        """Have `callback` called before memory is refused, so that it can free some.
+
+        Parameters
+        ----------
+        callback : callable
+            Called with the number of bytes asked for, in the thread that asks, when the budget or
+            the kernel has refused them: it may close Buffers, or drop what keeps them.  Then the
+            request is tried again; callbacks are asked in turn, each once a request.
+
+        Returns
+        -------
+        callable
+            Takes the callback back when it is called, without arguments.
+
+        Raises
+        ------
+        TypeError
+            `callback` cannot be called.
+
+        Notes
+        -----
+        Thread-safe.  A request of the callback's own that is refused raises at once.  What the
+        callback raises becomes the cause of the `OutOfMemoryError`.  Native code's requests (the C
+        API, NumPy's handler) ask no callback.
+        """
+        if not callable(callback):
+            raise TypeError(f"callback={callback!r} cannot be called")
+        callbacks = self.pressure_callbacks
+
+        def remove():
+            if callback in callbacks:
+                callbacks.remove(callback)
+
+        self.open_heap()
+        callbacks.append(callback)
+        return remove
+
     def trim(self) -> int:
         """Give all free memory back to the kernel.
 
         Returns
         -------
         int
-            Physical bytes that went back, counted page by page before they did (see
-            ``held_bytes`` of `AllocatorStats`).
+            Physical bytes that went back.  Counted are pages that nobody else shares, such as a
+            forked child (/proc/self/pagemap), and parts of huge pages only as far as the kernel has
+            counted that it split them (/proc/vmstat).
 
         Notes
         -----
-        Thread-safe.  Under THP only whole huge pages go back; hugetlb memory goes back with its
-        arena.
+        Thread-safe; other threads can allocate meanwhile.  Huge pages of which at least a 32nd is
+        free are split for that, and become huge again once they are free as a whole.  Hugetlb
+        memory goes back with its arena.
         """
         cdef heap_t *heap = self.enter()
         cdef int64_t purged_bytes
@@ -235,12 +310,13 @@ cdef class Heap:
         Freed blocks stay at hand, in each thread's magazines and in lists that the threads share.
         What sat there unused since the last collection is a victim; what was a victim at the last
         one already and is still unused returns to the page heap, where it merges with its
-        neighbours and serves requests of any size.  Nothing goes back to the kernel: see `trim`.
+        neighbours, serves requests of any size, and goes back to the kernel a moment later unless
+        ``purge_after_s=None``.
 
         Notes
         -----
-        Called every half second by allocations that find their magazine empty, and whenever
-        Python's garbage collector has gone through its oldest generation.  Thread-safe; does
+        Called by the purger, and whenever Python's garbage collector has gone through its oldest
+        generation.  Thread-safe; does
         nothing if another thread is at it.
         """
         cdef heap_t *heap = self.enter()

@@ -25,11 +25,11 @@ from pagealloc.core.heap_state cimport MAX_SIZE_CLASSES, heap_t, next_class
 from pagealloc.core.page_heap cimport arena_report_t, page_heap_report
 
 from pagealloc.core.counters import AllocatorStats, ArenaStats, ClassStats
-from pagealloc.core.heap_options import BACKINGS
+from pagealloc.core.heap_options import BACKINGS as _BACKINGS
 from pagealloc.core.os_memory import abandoned_bytes
 from pagealloc.errors import OutOfMemoryError
 
-cdef dict BACKING_NAMES = {ladder: name for name, ladder in BACKINGS.items()}
+cdef dict BACKING_NAMES = {ladder: name for name, ladder in _BACKINGS.items()}
 
 
 def process_faults() -> int:

@@ -62,6 +62,11 @@ static inline int pagealloc_getcpu(unsigned *cpu, unsigned *node)
 #endif
     return (int)syscall(SYS_getcpu, cpu, node, NULL);
 }
+static inline void *pagealloc_move_onto(void *from, size_t nbytes, void *to)
+{
+    return mremap(from, nbytes, nbytes, MREMAP_MAYMOVE | MREMAP_FIXED, to);
+}
+
 /* Values of include/uapi/linux/mempolicy.h. */
 #define PAGEALLOC_MPOL_PREFERRED 1
 #define PAGEALLOC_MPOL_BIND 2
@@ -103,6 +108,12 @@ static inline int64_t pagealloc_scan_huge(int fd, uint64_t start, uint64_t end)
     return nbytes;
 }
 #else
+static inline void *pagealloc_move_onto(void *from, size_t nbytes, void *to)
+{
+    (void)from, (void)nbytes, (void)to;
+    errno = ENOSYS;
+    return MAP_FAILED;
+}
 #define PAGEALLOC_MPOL_PREFERRED 1
 #define PAGEALLOC_MPOL_BIND 2
 static inline int pagealloc_mbind(void *address, size_t nbytes, int mode, uint64_t nodes)
@@ -135,7 +146,6 @@ static inline int pagealloc_membarrier(int command)
 #define MADV_COLD -1
 #define MADV_GUARD_INSTALL -1
 #define MADV_GUARD_REMOVE -1
-#define MADV_DONTFORK -1
 #define MADV_WIPEONFORK -1
 #define MADV_HUGEPAGE -1
 #define MADV_NOHUGEPAGE -1

@@ -18,7 +18,6 @@ cdef extern from "os_compat.h" nogil:
     const int MADV_COLD
     const int MADV_GUARD_INSTALL
     const int MADV_GUARD_REMOVE
-    const int MADV_DONTFORK
     const int MADV_WIPEONFORK
 
 cdef enum:                  # what tests may have refused, in the order of CALL_NAMES
@@ -41,6 +40,7 @@ cdef enum:                  # what tests may have refused, in the order of CALL_
     CALL_PAGEMAP
     CALL_VMSTAT
     CALL_PTHREAD_CREATE
+    CALL_PIPE
     N_CALLS
 
 cdef enum:

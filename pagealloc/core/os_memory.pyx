@@ -72,7 +72,7 @@ cdef extern from "<pthread.h>" nogil:
 CALL_NAMES = (
     "mmap", "munmap", "madvise", "mincore", "mprotect", "memfd_create", "fchmod",
     "ftruncate", "fallocate", "pwrite", "fstat", "membarrier", "getcpu", "mremap", "mbind",
-    "move_pages", "pagemap", "vmstat", "pthread_create",
+    "move_pages", "pagemap", "vmstat", "pthread_create", "pipe",
 )
 
 cdef struct os_call:

@@ -2,7 +2,8 @@
 
 Purpose
     Count the physical memory that is this process's alone, and the part of it that huge pages map;
-    see huge pages being split; say on which NUMA node pages shall lie, and do lie.
+    see huge pages being split; put other pages in their place; say on which NUMA node pages shall
+    lie, and do lie.
 Structure
     /proc/self/pagemap: one word a page        -> os_private_bytes
                         PAGEMAP_SCAN (ioctl)   -> os_huge_bytes
@@ -19,12 +20,16 @@ from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport strtoll
 from libc.string cimport strlen, strstr
 from posix.fcntl cimport O_RDONLY, open
-from posix.unistd cimport close, pread, read
+from posix.mman cimport MAP_FAILED, PROT_NONE, mprotect
+from posix.unistd cimport close, pipe, pread, read, write
 
 from pagealloc.core.os_memory cimport (
     CALL_MBIND,
     CALL_MOVE_PAGES,
+    CALL_MPROTECT,
+    CALL_MREMAP,
     CALL_PAGEMAP,
+    CALL_PIPE,
     CALL_VMSTAT,
     os_real_page_bytes,
     os_refused,
@@ -35,6 +40,7 @@ cdef extern from "os_compat.h" nogil:
     const int O_CLOEXEC
     const int MPOL_PREFERRED "PAGEALLOC_MPOL_PREFERRED"
     const int MPOL_BIND "PAGEALLOC_MPOL_BIND"
+    void *move_onto "pagealloc_move_onto"(void *source, size_t nbytes, void *to)
     int mbind "pagealloc_mbind"(void *address, size_t nbytes, int mode, uint64_t nodes)
     int pages_nodes "pagealloc_pages_nodes"(unsigned long n, void **pages, int *nodes)
     int64_t scan_huge "pagealloc_scan_huge"(int fd, uint64_t start, uint64_t end)
@@ -114,6 +120,42 @@ cdef int64_t os_n_huge_pages_split() noexcept nogil:
     text[n_read] = 0
     found = strstr(text, "\nthp_split_page ")
     return -1 if found == NULL else strtoll(found + strlen("\nthp_split_page "), NULL, 10)
+
+
+cdef size_t os_copy(char *to, const char *source, size_t nbytes) noexcept nogil:
+    """Copy memory of this process; how much could be read.  No signal comes of what could not.
+
+    Through a pipe, a page at a time, which always has room: write() answers EFAULT where a load
+    would be SIGBUS.  (process_vm_readv pins the pages; of those that a fork shares it first takes
+    private copies, from the very pool that may be empty.)
+    """
+    cdef size_t n_copied = 0, page_bytes = os_real_page_bytes()
+    cdef ssize_t n
+    cdef int[2] ends
+    if os_refused(CALL_PIPE) or pipe(ends) != 0:
+        return 0
+    while n_copied < nbytes:
+        n = write(ends[1], source + n_copied, min(nbytes - n_copied, page_bytes))
+        if n <= 0 or read(ends[0], to + n_copied, n) != n:
+            break
+        n_copied += n
+    close(ends[0])
+    close(ends[1])
+    return n_copied
+
+
+cdef int os_move_onto(void *source, size_t nbytes, void *to) noexcept nogil:
+    """Move a mapping to where another one is, or none."""
+    if os_refused(CALL_MREMAP) or move_onto(source, nbytes, to) == MAP_FAILED:
+        return errno
+    return 0
+
+
+cdef int os_forbid(void *address, size_t nbytes) noexcept nogil:
+    """Let an access of the range be a fault from now on."""
+    if os_refused(CALL_MPROTECT) or mprotect(address, nbytes, PROT_NONE) != 0:
+        return errno
+    return 0
 
 
 cdef int os_bind_to_node(void *address, size_t nbytes, int node, bint strict) noexcept nogil:

@@ -4,8 +4,6 @@ import errno
 import gc
 import itertools
 import mmap
-import os
-import pickle
 import queue
 import random
 import resource
@@ -31,7 +29,6 @@ from pagealloc.core import os_memory
 from pagealloc.core.os_memory import call_counts, refusing
 
 PAGE_BYTES = page_size_bytes()
-NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
 
 
 @pytest.fixture
@@ -622,21 +619,6 @@ def test_base_takes_one_fault_a_page(allocator):
     assert faults >= 1000
 
 
-def test_hugetlb_without_a_pool_names_the_command():
-    if NR_HUGEPAGES.exists() and int(NR_HUGEPAGES.read_text()):
-        pytest.skip("huge pages are reserved here")
-    allocator = PageAllocator(backing="hugetlb")
-    with pytest.raises(BackingUnavailableError, match=r"sysctl vm.nr_hugepages=32") as caught:
-        allocator.alloc(1)
-    assert str(caught.value).startswith("asked for 1 bytes")
-    assert caught.value.errno == errno.ENOMEM
-    assert isinstance(caught.value, MemoryError)
-    assert isinstance(caught.value, OSError)
-    copy = pickle.loads(pickle.dumps(caught.value))
-    assert str(copy) == str(caught.value)
-    allocator.check()
-
-
 @pytest.mark.parametrize("backing", ["auto", "base"])
 def test_the_ladder_is_walked_down_when_huge_pages_are_refused(backing):
     """Refusing the hugetlb mapping, then the advice, ends on base pages under "auto"."""
@@ -665,51 +647,6 @@ def test_thp_refused_by_name_is_an_error_with_the_command():
 
 def test_huge_page_size_is_a_multiple_of_the_page():
     assert huge_page_size_bytes() % PAGE_BYTES == 0
-
-
-@pytest.fixture
-def hugetlb_pool():
-    """64 huge pages in the machine's pool, where somebody allowed the tests to put them there."""
-    if os.environ.get("PAGEALLOC_TEST_HUGETLB") != "1":
-        pytest.skip("PAGEALLOC_TEST_HUGETLB=1 lets root's tests reserve huge pages for a moment")
-    before = int(NR_HUGEPAGES.read_text()) if NR_HUGEPAGES.exists() else None
-    if before is None or not os.access(NR_HUGEPAGES, os.W_OK):
-        pytest.skip("only root may reserve huge pages, and only where the kernel has hugetlb")
-    try:
-        NR_HUGEPAGES.write_text("64")
-    except OSError as error:
-        pytest.skip(f"nr_hugepages cannot be changed here: {error}")
-    if int(NR_HUGEPAGES.read_text()) < 64:
-        NR_HUGEPAGES.write_text(str(before))
-        pytest.skip("the machine has no 64 free huge pages")
-    yield
-    NR_HUGEPAGES.write_text(str(before))
-
-
-def test_hugetlb_from_a_pool(hugetlb_pool):
-    with PageAllocator(backing="hugetlb") as allocator:
-        buffer = allocator.alloc("8MiB")
-        faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        touch(buffer)
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before <= 8
-        (arena,) = allocator.stats().arenas
-        assert arena.achieved_backing == "hugetlb"
-        assert arena.committed_bytes == arena.reserved_bytes  # it left the pool whole
-        with pytest.raises(ValueError, match=r"aligned to 4\.00 MiB with backing='hugetlb'"):
-            allocator.alloc(1, align="4MiB")
-        with PageAllocator() as auto, auto.alloc(1):
-            assert auto.stats().arenas[0].achieved_backing == "hugetlb"
-        with pytest.raises(BackingUnavailableError, match=r"vm\.nr_hugepages="):
-            allocator.alloc("1GiB")
-        allocator.check()
-        buffer.close()
-        assert allocator.trim() == 8 << 20
-    with PageAllocator(budget_bytes="1GiB") as budgeted, budgeted.alloc(1):
-        assert budgeted.stats().arenas[0].achieved_backing != "hugetlb"
-    with PageAllocator(backing="hugetlb", budget_bytes="32MiB") as small:
-        with pytest.raises(OutOfMemoryError, match="budget"):
-            small.alloc(1)
-        assert small.stats().reserved_bytes == 0
 
 
 def test_a_new_thp_arena_holds_nothing():
