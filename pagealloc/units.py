@@ -8,10 +8,13 @@ import operator
 import re
 from typing import SupportsIndex
 
-__all__ = ["MAX_BYTES", "format_bytes", "parse_bytes"]
+__all__ = ["MAX_ALIGN_BYTES", "MAX_BYTES", "format_bytes", "parse_align", "parse_bytes"]
 
 MAX_BYTES = 1 << 47
 """Largest size that is ever accepted: the user half of a 48-bit address space."""
+
+MAX_ALIGN_BYTES = 1 << 30
+"""Largest alignment: that of the largest huge page."""
 
 _UNIT_BYTES = {
     "": 1,
@@ -80,6 +83,23 @@ def parse_bytes(value: SupportsIndex | str, *, name: str = "nbytes", minimum: in
             f"({format_bytes(MAX_BYTES)}) are possible"
         )
     return nbytes
+
+
+def parse_align(value: SupportsIndex | str, *, name: str = "align") -> int:
+    """Return `value`, given as for `parse_bytes`, as an alignment: a power of two up to 1 GiB.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `parse_bytes`, or it is no such power.
+    """
+    align_bytes = parse_bytes(value, name=name)
+    if align_bytes & (align_bytes - 1) or align_bytes > MAX_ALIGN_BYTES:
+        raise ValueError(
+            f"{name}={value!r}: an alignment is a power of two of at most "
+            f"{format_bytes(MAX_ALIGN_BYTES)}"
+        )
+    return align_bytes
 
 
 def format_bytes(nbytes: int) -> str:

@@ -25,9 +25,8 @@ from pagealloc.core.heap_state cimport heap_t
 from pagealloc.core.exact import exact_class
 from pagealloc.errors import OutOfMemoryError
 from pagealloc.options import option_value
-from pagealloc.units import format_bytes, parse_bytes
+from pagealloc.units import format_bytes, parse_align, parse_bytes
 
-cdef size_t MAX_ALIGN_BYTES = 1 << 30
 cdef Py_ssize_t MAX_BATCH_BLOCKS = 1 << 32
 cdef Py_ssize_t MAX_PLAIN_BYTES = 1 << 47       # as pagealloc.units has it
 cdef Py_ssize_t MACHINE_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -44,17 +43,6 @@ cdef inline size_t size_of(object nbytes) except 0:
         if 0 < plain_nbytes <= MAX_PLAIN_BYTES:
             return <size_t>plain_nbytes
     return parse_bytes(nbytes)
-
-
-cdef size_t checked_align(object align) except 0:
-    """`align` as a power of two."""
-    cdef object align_bytes = parse_bytes(align, name="align")
-    if align_bytes & (align_bytes - 1) or align_bytes > MAX_ALIGN_BYTES:
-        raise ValueError(
-            f"align={align!r}: an alignment is a power of two of at most "
-            f"{format_bytes(MAX_ALIGN_BYTES)}"
-        )
-    return align_bytes
 
 
 cdef Py_ssize_t checked_count(object n_blocks, size_t block_bytes) except 0:
@@ -167,7 +155,7 @@ cdef class PageAllocator(Heap):
         ClosedError
             The allocator is closed.
         """
-        return new_buffer(self, size_of(nbytes), 0 if align is None else checked_align(align))
+        return new_buffer(self, size_of(nbytes), 0 if align is None else parse_align(align))
 
     def alloc_many(self, nbytes, n_blocks, *, align=None) -> Batch:
         """Allocate many blocks of one size by one call.
@@ -195,7 +183,7 @@ cdef class PageAllocator(Heap):
             none was allocated.
         """
         cdef size_t block_bytes = size_of(nbytes)
-        cdef size_t align_bytes = 0 if align is None else checked_align(align)
+        cdef size_t align_bytes = 0 if align is None else parse_align(align)
         cdef Py_ssize_t count = checked_count(n_blocks, max(block_bytes, align_bytes))
         return new_batch(self, block_bytes, align_bytes, count)
 

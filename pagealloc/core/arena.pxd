@@ -34,6 +34,7 @@ cdef arena_t *arena_new(
 ) noexcept nogil
 cdef int arena_delete(arena_t *arena) noexcept nogil
 cdef void arena_abandon(arena_t *arena) noexcept nogil
+cdef void arena_forget(arena_t *arena) noexcept nogil
 
 cdef int64_t arena_missing_pages(
     const arena_t *arena, const char *address, int64_t nbytes

@@ -125,7 +125,8 @@ cdef inline size_t ticks_bytes(const arena_t *arena) noexcept nogil:
     return round_up(<size_t>arena.n_pieces * sizeof(int32_t), arena.page_bytes)
 
 
-cdef void drop_tables(arena_t *arena) noexcept nogil:
+cdef void arena_forget(arena_t *arena) noexcept nogil:
+    """Give up the tables of an arena whose memory is gone, or another's."""
     if arena.run_of_page != NULL:
         os_abandon(arena.run_of_page, pages_table_bytes(arena))
     if arena.committed != NULL:
@@ -141,14 +142,14 @@ cdef int arena_delete(arena_t *arena) noexcept nogil:
     """Unmap the range and its tables; an errno value, and the arena as it was, on refusal."""
     cdef int error = os_release(arena.address, arena.nbytes)
     if error == 0:
-        drop_tables(arena)
+        arena_forget(arena)
     return error
 
 
 cdef void arena_abandon(arena_t *arena) noexcept nogil:
     """Give up an arena that nobody has used yet."""
     os_abandon(arena.address, arena.nbytes)
-    drop_tables(arena)
+    arena_forget(arena)
 
 
 # ---------------------------------------------------------------------------------------------

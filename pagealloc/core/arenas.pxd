@@ -38,6 +38,7 @@ cdef arena_t *arenas_add(
     page_heap_t *pages, size_t nbytes, size_t align_bytes, bint dedicated, int *error
 ) noexcept nogil
 cdef int arenas_drop(page_heap_t *pages, arena_t *arena) noexcept nogil
+cdef int arenas_replace(page_heap_t *pages, arena_t *old, arena_t *new) noexcept nogil
 cdef int64_t arenas_purge(page_heap_t *pages, arena_t *arena, run_t *run) noexcept nogil
 cdef int64_t arenas_purge_pages(
     page_heap_t *pages, arena_t *arena, int64_t first, int64_t end

@@ -19,6 +19,7 @@ from libc.stdint cimport int32_t, int64_t
 from pagealloc.core.arena cimport (
     arena_abandon,
     arena_delete,
+    arena_forget,
     arena_held_bytes,
     arena_new,
     arena_note_free,
@@ -26,7 +27,11 @@ from pagealloc.core.arena cimport (
     arena_t,
 )
 from pagealloc.core.backing cimport BACKING_BASE, BACKING_HUGETLB
-from pagealloc.core.free_runs cimport free_runs_add_arena, free_runs_remove_arena
+from pagealloc.core.free_runs cimport (
+    free_runs_add_arena,
+    free_runs_merge,
+    free_runs_remove_arena,
+)
 from pagealloc.core.page_map cimport (
     chunk_t,
     page_map_add,
@@ -96,6 +101,20 @@ cdef bint keep_arena(page_heap_t *pages, arena_t *arena, chunk_t *chunks) noexce
     return True
 
 
+cdef void unlink(page_heap_t *pages, arena_t *arena, int64_t held_bytes) noexcept nogil:
+    """Forget an arena whose memory is gone, but for its struct and tables."""
+    if arena.next != NULL:
+        arena.next.previous = arena.previous
+    if arena.previous != NULL:
+        arena.previous.next = arena.next
+    else:
+        pages.arenas = arena.next
+    pages.reserved_bytes -= <int64_t>arena.nbytes
+    pages.n_dirty -= arena.n_dirty
+    pages.purged_bytes += held_bytes
+    pages.committed_bytes -= arena.n_committed * <int64_t>arena.page_bytes
+
+
 cdef int arenas_drop(page_heap_t *pages, arena_t *arena) noexcept nogil:
     """Unmap an arena that is one free run.
 
@@ -116,16 +135,27 @@ cdef int arenas_drop(page_heap_t *pages, arena_t *arena) noexcept nogil:
     if error:
         arena_abandon(arena)
     page_map_recycle(pages.map, chunks)
-    if gone.next != NULL:
-        gone.next.previous = gone.previous
-    if gone.previous != NULL:
-        gone.previous.next = gone.next
-    else:
-        pages.arenas = gone.next
-    pages.reserved_bytes -= <int64_t>gone.nbytes
-    pages.n_dirty -= gone.n_dirty
-    pages.purged_bytes += held_bytes if held_bytes > 0 else 0
-    pages.committed_bytes -= gone.n_committed * <int64_t>gone.page_bytes
+    unlink(pages, &gone, held_bytes if held_bytes > 0 else 0)
+    return 0
+
+
+cdef int arenas_replace(page_heap_t *pages, arena_t *old, arena_t *new) noexcept nogil:
+    """Move a dedicated arena's memory to where a new one is, and forget the old one.
+
+    Both are one run that is live.  An errno value, and nothing changed, if the kernel refuses.
+    """
+    # Out of the map first, as in arenas_drop.
+    cdef chunk_t *chunks = page_map_detach(pages.map, old.address, mapped_bytes(old))
+    cdef int error = os_move_onto(old.address, old.nbytes, new.address, new.nbytes)
+    if error:
+        page_map_attach(pages.map, old.address, chunks, pages.owner, old)
+        return error
+    page_map_recycle(pages.map, chunks)
+    free_runs_merge(&pages.free, old.run_of_page[0])
+    free_runs_remove_arena(&pages.free, old)
+    unpoison(old.address, old.nbytes)
+    unlink(pages, old, 0)
+    arena_forget(old)
     return 0
 
 
@@ -189,7 +219,7 @@ cdef void arenas_leave_hugetlb(page_heap_t *pages) noexcept nogil:
         if copy != NULL:
             if not pages.placement.is_wiped_on_fork:
                 copy_runs(arena, copy)
-            if os_move_onto(copy, arena.nbytes, arena.address) == 0:
+            if os_move_onto(copy, arena.nbytes, arena.address, arena.nbytes) == 0:
                 arena.achieved_backing = BACKING_BASE
                 arena.granule_pages = 1
             else:

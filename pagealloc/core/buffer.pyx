@@ -5,16 +5,20 @@ Purpose
 Structure
     numpy array / memoryview --export--> Buffer --owns--> slot or run --of--> Heap
 Invariants
-    memory != NULL <=> it is live in the heap; n_exports > 0 => memory != NULL
-    only new_buffer() makes one: a Buffer never has memory it does not own
+    memory != NULL <=> it is live in the heap, or foreign and kept by `keeper`
+    n_exports > 0 => memory != NULL
+    only new_buffer() and from_foreign() make one
 Locking
     The GIL for the object's fields; the heap locks itself.
 Units
     Bytes.
 """
 
+import operator
+
 cimport cython
-from libc.stdint cimport uintptr_t
+from libc.errno cimport ENOMEM, errno
+from libc.stdint cimport uint32_t, uintptr_t
 
 from pagealloc.core.export cimport fill_buffer
 from pagealloc.core.heap cimport (
@@ -25,11 +29,13 @@ from pagealloc.core.heap cimport (
     heap_free_slow,
 )
 from pagealloc.core.heap_owner cimport Heap
+from pagealloc.core.heap_resize cimport heap_resize
 from pagealloc.core.heap_state cimport heap_t
+from pagealloc.core.os_memory cimport os_real_page_bytes, os_resident_bytes
 from pagealloc.core.page_heap cimport FREED
 
 from pagealloc.errors import ClosedError
-from pagealloc.units import format_bytes
+from pagealloc.units import format_bytes, parse_align, parse_bytes
 
 
 @cython.final
@@ -57,7 +63,7 @@ cdef class Buffer:
     """
 
     def __init__(self):
-        raise TypeError("only PageAllocator.alloc() makes a Buffer")
+        raise TypeError("only PageAllocator.alloc() and Buffer.from_foreign() make a Buffer")
 
     def __dealloc__(self):
         # No exports are left: each of them holds a reference to this object.
@@ -76,8 +82,43 @@ cdef class Buffer:
 
     @property
     def allocator(self):
-        """The allocator it came from."""
+        """The allocator it came from; None: its memory is foreign."""
         return self.owner
+
+    @staticmethod
+    def from_foreign(address, nbytes, owner, *, align=64):
+        """Wrap memory that somebody else owns, such as a driver or a C library.
+
+        Parameters
+        ----------
+        address : int
+            Where it starts.
+        nbytes : int or str
+            Its length, at least 1.
+        owner : object
+            Whatever keeps the memory as long as it is alive: it is referenced until `close`, and
+            its memory is never freed from here.
+        align : int or str
+            What `address` must be a multiple of, a power of two: 256 for CUDA, say.
+
+        Returns
+        -------
+        Buffer
+            Written in place; ``buffer.allocator`` is None.
+
+        Raises
+        ------
+        TypeError
+            `owner` is None, or a parameter is of no use.
+        ValueError
+            The memory is not aligned, or not all of its addresses are mapped.
+
+        Notes
+        -----
+        Whether the memory may be written cannot be told from here: memory that is mapped for
+        reading only ends the process at the first write.
+        """
+        return foreign_buffer(address, nbytes, owner, align)
 
     cdef char *open_memory(self) except NULL:
         if self.memory == NULL:
@@ -95,23 +136,83 @@ cdef class Buffer:
         cdef char *memory = self.memory
         if memory == NULL:
             return
-        if self.n_exports:
-            raise BufferError(
-                f"{self.n_exports} view{'s' if self.n_exports > 1 else ''} of this Buffer "
-                f"(memoryview, NumPy array) still alive: drop them first"
-            )
+        self.check_no_views()
         if self.free_memory() != FREED:
             raise SystemError(
                 f"the heap does not know the live address {<uintptr_t>memory:#x}: "
                 f"memory outside the Buffers was overwritten"
             )
 
+    cdef int check_no_views(self) except -1:
+        if self.n_exports:
+            raise BufferError(
+                f"{self.n_exports} view{'s' if self.n_exports > 1 else ''} of this Buffer "
+                f"(memoryview, NumPy array) still alive: drop them first"
+            )
+        return 0
+
+    def resize(self, nbytes) -> None:
+        """Make it longer or shorter, and keep what is in it as far as that goes.
+
+        Parameters
+        ----------
+        nbytes : int or str
+            The new length, at least 1.  What is beyond the old one is undefined, unless the
+            allocator zeroes on reuse.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `nbytes` is no size, or the memory is foreign.
+        BufferError
+            Views of it are alive: the address may change.
+        OutOfMemoryError, BackingUnavailableError
+            As for `PageAllocator.alloc`; then nothing was changed.
+        ClosedError
+            It is closed.
+
+        Notes
+        -----
+        Nothing is copied where the same block serves, where free pages follow, or where it has an
+        arena of its own, whose pages are moved by the kernel.  The alignment asked for is kept.
+        While it lasts, the Buffer is closed to other threads.
+        """
+        cdef size_t new_bytes = parse_bytes(nbytes)
+        cdef char *memory = self.open_memory()
+        cdef char *moved
+        cdef heap_t *heap
+        cdef int error = 0, n_asked = 0
+        self.check_no_views()
+        if self.is_foreign:
+            raise TypeError("the memory of this Buffer is foreign: its owner alone can resize it")
+        heap = self.owner.enter()
+        self.memory = NULL      # nobody else looks at it, or takes a view of it, meanwhile
+        try:
+            while True:
+                with nogil:
+                    moved = heap_resize(
+                        heap, memory, self.nbytes, new_bytes, self.align_bytes, &error
+                    )
+                if moved != NULL:
+                    memory = moved
+                    self.nbytes = new_bytes
+                    self.fresh = False
+                    return
+                self.owner.relieve(new_bytes, self.align_bytes, error, 1, &n_asked)
+        finally:
+            self.memory = memory
+            self.owner.leave()
+
     cdef int free_memory(self) noexcept:
         """Give the memory back: the heap's answer."""
-        cdef heap_t *heap = self.owner.heap     # open, for this memory is live in it
+        cdef heap_t *heap
         cdef char *memory = self.memory
         cdef int outcome = FREED
         self.memory = NULL
+        if self.is_foreign:
+            self.keeper = None
+            return FREED
+        heap = self.owner.heap      # open, for this memory is live in it
         if not heap_free_fast(heap, memory):
             self.owner.forget_lost_calls()
             self.owner.n_calls += 1
@@ -177,6 +278,7 @@ cdef Buffer new_buffer(Heap heap, size_t nbytes, size_t align_bytes):
     cdef Buffer buffer = Buffer.__new__(Buffer)
     buffer.owner = heap
     buffer.nbytes = nbytes
+    buffer.align_bytes = <uint32_t>align_bytes
     if heap.heap != NULL:
         buffer.memory = heap_alloc_fast(heap.heap, nbytes, align_bytes)
     if buffer.memory == NULL:
@@ -215,3 +317,33 @@ cdef int fill_slow(
             heap.relieve(nbytes, align_bytes, error, 1, &n_asked)
     finally:
         heap.leave()
+
+
+cdef Buffer foreign_buffer(object address, object nbytes, object owner, object align):
+    cdef Buffer buffer = Buffer.__new__(Buffer)
+    cdef object start = operator.index(address)
+    cdef object length = parse_bytes(nbytes)
+    cdef size_t align_bytes = parse_align(align)
+    cdef size_t page_bytes = os_real_page_bytes()
+    cdef size_t first_page, end
+    if owner is None:
+        raise TypeError("owner=None: pass the object that keeps the memory at this address alive")
+    if not 0 < start <= (1 << 64) - length:
+        raise ValueError(f"address={address:#x}, nbytes={length}: no such range of addresses")
+    if start % align_bytes:
+        raise ValueError(
+            f"address={start:#x} is no multiple of align={align_bytes}, but of {start & -start}: "
+            f"have it allocated with that alignment, or ask for less"
+        )
+    first_page = <size_t>start & ~(page_bytes - 1)
+    end = (<size_t>(start + length) + page_bytes - 1) & ~(page_bytes - 1)
+    if os_resident_bytes(<void *>first_page, end - first_page) < 0 and errno == ENOMEM:
+        raise ValueError(
+            f"address={start:#x}, nbytes={length}: not all of this memory is mapped"
+        )
+    buffer.memory = <char *><size_t>start
+    buffer.nbytes = length
+    buffer.align_bytes = <uint32_t>align_bytes
+    buffer.keeper = owner
+    buffer.is_foreign = True
+    return buffer

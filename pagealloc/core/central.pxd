@@ -45,6 +45,7 @@ cdef int64_t central_take(
     central_t *central, int64_t key, block_t *blocks, int64_t n, bint may_grow, bint *fresh,
     int *error
 ) noexcept nogil
+cdef bint central_count_out(central_t *central, int64_t key) noexcept nogil
 cdef void central_put(central_t *central, const block_t *blocks, int64_t n) noexcept nogil
 cdef void central_give_back(
     central_t *central, const block_t *blocks, int64_t n, bint is_idle

@@ -220,6 +220,17 @@ cdef int64_t central_take(
     return 1
 
 
+cdef bint central_count_out(central_t *central, int64_t key) noexcept nogil:
+    """Count one more block as out; False if the class is no longer `key`'s."""
+    cdef bint is_same
+    mutex_lock(&central.mutex)
+    is_same = atomic_load_i64(&central.key) == key
+    if is_same:
+        atomic_add_i64(&central.n_out, 1)
+    mutex_unlock(&central.mutex)
+    return is_same
+
+
 cdef void central_put(central_t *central, const block_t *blocks, int64_t n) noexcept nogil:
     """Keep free blocks for whoever needs one next."""
     cdef int64_t n_kept = n

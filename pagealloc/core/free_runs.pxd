@@ -22,6 +22,8 @@ cdef char *aligned_start(const run_t *run, size_t align_bytes) noexcept nogil
 cdef bint free_runs_carve(
     free_runs_t *free, run_t *run, char *start, int64_t n_pages, uint8_t state, void *slab
 ) noexcept nogil
+cdef bint free_runs_cut(free_runs_t *free, run_t *run, int64_t n_pages) noexcept nogil
+cdef void free_runs_join(free_runs_t *free, run_t *run, run_t *tail) noexcept nogil
 cdef void free_runs_merge(free_runs_t *free, run_t *run) noexcept nogil
 cdef const char *free_runs_check_arena(
     const free_runs_t *free, arena_t *arena, int64_t *n_free, int64_t *n_live, int64_t *used_pages

@@ -182,6 +182,30 @@ cdef void free_runs_merge(free_runs_t *free, run_t *run) noexcept nogil:
     enter(free, run)
 
 
+cdef bint free_runs_cut(free_runs_t *free, run_t *run, int64_t n_pages) noexcept nogil:
+    """Leave a live run its first `n_pages`, and free the others; False if that is refused."""
+    cdef run_t *tail = run_new(&free.pool)
+    if tail == NULL:
+        return False
+    mark(free, run, NULL)
+    tail.arena = run.arena
+    tail.address = run.address + n_pages * free.page_bytes
+    tail.n_pages = run.n_pages - n_pages
+    run.n_pages = n_pages
+    mark(free, run, run)
+    free_runs_merge(free, tail)
+    return True
+
+
+cdef void free_runs_join(free_runs_t *free, run_t *run, run_t *tail) noexcept nogil:
+    """Make one live run of two that are neighbours."""
+    mark(free, run, NULL)
+    mark(free, tail, NULL)
+    run.n_pages += tail.n_pages
+    run_delete(&free.pool, tail)
+    mark(free, run, run)
+
+
 cdef const char *free_runs_check_arena(
     const free_runs_t *free, arena_t *arena, int64_t *n_free, int64_t *n_live, int64_t *used_pages
 ) noexcept nogil:

@@ -62,9 +62,9 @@ static inline int pagealloc_getcpu(unsigned *cpu, unsigned *node)
 #endif
     return (int)syscall(SYS_getcpu, cpu, node, NULL);
 }
-static inline void *pagealloc_move_onto(void *from, size_t nbytes, void *to)
+static inline void *pagealloc_move_onto(void *from, size_t nbytes, void *to, size_t to_nbytes)
 {
-    return mremap(from, nbytes, nbytes, MREMAP_MAYMOVE | MREMAP_FIXED, to);
+    return mremap(from, nbytes, to_nbytes, MREMAP_MAYMOVE | MREMAP_FIXED, to);
 }
 
 /* Values of include/uapi/linux/mempolicy.h. */
@@ -108,9 +108,9 @@ static inline int64_t pagealloc_scan_huge(int fd, uint64_t start, uint64_t end)
     return nbytes;
 }
 #else
-static inline void *pagealloc_move_onto(void *from, size_t nbytes, void *to)
+static inline void *pagealloc_move_onto(void *from, size_t nbytes, void *to, size_t to_nbytes)
 {
-    (void)from, (void)nbytes, (void)to;
+    (void)from, (void)nbytes, (void)to, (void)to_nbytes;
     errno = ENOSYS;
     return MAP_FAILED;
 }

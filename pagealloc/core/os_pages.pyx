@@ -40,7 +40,9 @@ cdef extern from "os_compat.h" nogil:
     const int O_CLOEXEC
     const int MPOL_PREFERRED "PAGEALLOC_MPOL_PREFERRED"
     const int MPOL_BIND "PAGEALLOC_MPOL_BIND"
-    void *move_onto "pagealloc_move_onto"(void *source, size_t nbytes, void *to)
+    void *move_onto "pagealloc_move_onto"(
+        void *source, size_t nbytes, void *to, size_t to_nbytes
+    )
     int mbind "pagealloc_mbind"(void *address, size_t nbytes, int mode, uint64_t nodes)
     int pages_nodes "pagealloc_pages_nodes"(unsigned long n, void **pages, int *nodes)
     int64_t scan_huge "pagealloc_scan_huge"(int fd, uint64_t start, uint64_t end)
@@ -144,9 +146,11 @@ cdef size_t os_copy(char *to, const char *source, size_t nbytes) noexcept nogil:
     return n_copied
 
 
-cdef int os_move_onto(void *source, size_t nbytes, void *to) noexcept nogil:
-    """Move a mapping to where another one is, or none."""
-    if os_refused(CALL_MREMAP) or move_onto(source, nbytes, to) == MAP_FAILED:
+cdef int os_move_onto(
+    void *source, size_t nbytes, void *to, size_t to_nbytes
+) noexcept nogil:
+    """Move a mapping to where another one is, or none, and make it longer or shorter."""
+    if os_refused(CALL_MREMAP) or move_onto(source, nbytes, to, to_nbytes) == MAP_FAILED:
         return errno
     return 0
 

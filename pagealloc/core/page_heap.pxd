@@ -1,10 +1,10 @@
 """The page runs of all arenas of one heap: best fit, coalescing, growth, budget."""
 
-from libc.stdint cimport int64_t, uint16_t
+from libc.stdint cimport int64_t, uint16_t, uintptr_t
 
 from pagealloc.core.arenas cimport page_heap_t
 from pagealloc.core.backing cimport placement_t
-from pagealloc.core.page_map cimport block_t, page_map_t
+from pagealloc.core.page_map cimport CHUNK_BYTES, block_t, page_map_chunk, page_map_t, page_t
 from pagealloc.core.page_run cimport run_t
 
 cdef enum:                      # what a free by address comes to
@@ -28,7 +28,18 @@ cdef size_t page_heap_run_bytes(page_heap_t *pages, const char *address) noexcep
 cdef bint page_heap_has_own_arena(
     const page_heap_t *pages, int64_t n_pages, size_t align_bytes
 ) noexcept nogil
+cdef void page_heap_set_class(
+    page_heap_t *pages, const run_t *run, uint16_t size_class
+) noexcept nogil
 cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil
+
+
+cdef inline page_t *page_heap_entry(page_heap_t *pages, const char *address) noexcept nogil:
+    """What the page map has of a page of this heap."""
+    return &page_map_chunk(pages.map, address).pages[
+        (<uintptr_t>address & (CHUNK_BYTES - 1)) // pages.page_bytes
+    ]
+
 
 cdef struct arena_report_t:
     char *address

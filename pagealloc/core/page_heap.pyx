@@ -20,23 +20,16 @@ Units
 """
 
 from libc.errno cimport ENOMEM
-from libc.stdint cimport int32_t, int64_t, uint16_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint16_t
 from libc.string cimport memset
 
-from pagealloc.core.arena cimport (
-    arena_commit,
-    arena_held_bytes,
-    arena_missing_pages,
-    arena_node,
-    arena_t,
-)
+from pagealloc.core.arena cimport arena_held_bytes, arena_node, arena_t
 from pagealloc.core.arenas cimport (
     FIRST_TICK,
     IDLE_TICKS,
     arenas_add,
     arenas_drop,
     arenas_note_free,
-    arenas_purge,
     mapped_bytes,
     page_heap_t,
 )
@@ -53,14 +46,13 @@ from pagealloc.core.free_runs cimport (
 from pagealloc.core.atomics cimport atomic_store_u16
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
 from pagealloc.core.os_pages cimport os_huge_bytes
-from pagealloc.core.page_map cimport (
-    CHUNK_BYTES,
-    block_t,
-    page_map_arena,
-    page_map_chunk,
-    page_map_t,
+from pagealloc.core.page_budget cimport (
+    page_budget_allows,
+    page_budget_commit,
+    page_budget_find,
 )
-from pagealloc.core.page_run cimport RUN_FREE, RUN_LIVE, RUN_SLAB, run_t, run_tree_check
+from pagealloc.core.page_map cimport CHUNK_BYTES, block_t, page_map_arena, page_map_t
+from pagealloc.core.page_run cimport RUN_LIVE, RUN_SLAB, run_t, run_tree_check
 
 cdef extern from "poison.h" nogil:
     void poison "pagealloc_poison"(void *address, size_t nbytes)
@@ -96,106 +88,20 @@ cdef int page_heap_destroy(page_heap_t *pages) noexcept nogil:
 
 
 # ---------------------------------------------------------------------------------------------
-# Within the budget, locked
+# What others call
 
-cdef void purge_free_runs(
-    page_heap_t *pages, int64_t enough_bytes, const run_t *spared
+cdef void page_heap_set_class(
+    page_heap_t *pages, const run_t *run, uint16_t size_class
 ) noexcept nogil:
-    """Give back what free runs hold until committed_bytes is down to `enough_bytes`.
-
-    `spared` is about to be used.
-    """
-    cdef int64_t page
-    cdef arena_t *arena = pages.arenas
-    cdef run_t *run
-    while arena != NULL:
-        page = 0
-        while page < arena.n_pages and pages.committed_bytes > enough_bytes:
-            run = arena.run_of_page[page]
-            if run.state == RUN_FREE and run != spared:
-                arenas_purge(pages, arena, run)
-            page = arena.n_pages if arena.dedicated else page + run.n_pages
-        arena = arena.next
-
-
-cdef bint is_affordable(
-    const page_heap_t *pages, const run_t *run, const char *start, int64_t nbytes
-) noexcept nogil:
-    cdef const arena_t *arena = <const arena_t *>run.arena
-    return pages.budget_bytes < 0 or (
-        pages.committed_bytes
-        + arena_missing_pages(arena, start, nbytes) * <int64_t>pages.page_bytes
-        <= pages.budget_bytes
-    )
-
-
-cdef run_t *find_affordable(
-    page_heap_t *pages, run_t *best, int64_t n_pages, size_t align_bytes
-) noexcept nogil:
-    """A free run whose use keeps to the budget: the best fit, after purging what is needed.
-
-    The best fit itself is purged last, for its pages are about to be used.  Failing that, any run
-    that lies in granules which are committed already, as parts of a huge page do whose other
-    parts are in use.  NULL if there is none.
-    """
-    cdef int64_t nbytes = n_pages * <int64_t>pages.page_bytes
-    cdef int64_t missing_bytes = <int64_t>pages.page_bytes * arena_missing_pages(
-        <arena_t *>best.arena, aligned_start(best, align_bytes), nbytes
-    )
-    cdef arena_t *arena = pages.arenas
-    cdef run_t *run
-    cdef int64_t page
-    cdef char *start
-    purge_free_runs(pages, pages.budget_bytes - missing_bytes, best)
-    if is_affordable(pages, best, aligned_start(best, align_bytes), nbytes):
-        return best
-    purge_free_runs(pages, 0, NULL)
-    if is_affordable(pages, best, aligned_start(best, align_bytes), nbytes):
-        return best
-    while arena != NULL:
-        page = 0
-        while page < arena.n_pages:
-            run = arena.run_of_page[page]
-            start = aligned_start(run, align_bytes)
-            if (
-                run.state == RUN_FREE
-                and start + nbytes <= run.address + run.n_pages * <int64_t>pages.page_bytes
-                and is_affordable(pages, run, start, nbytes)
-            ):
-                return run
-            page = arena.n_pages if arena.dedicated else page + run.n_pages
-        arena = arena.next
-    return NULL
-
-
-cdef void set_class(page_heap_t *pages, const run_t *run, uint16_t size_class) noexcept nogil:
     """Enter a run's class at its first page, a slab's at each of its pages."""
     cdef int64_t page_bytes = <int64_t>pages.page_bytes
     cdef int64_t n_pages = run.n_pages if run.state == RUN_SLAB else 1
     cdef int64_t _i
     cdef char *address = run.address
     for _i in range(n_pages):
-        atomic_store_u16(class_at(pages, address), size_class)
+        atomic_store_u16(&page_heap_entry(pages, address).size_class, size_class)
         address += page_bytes
 
-
-cdef inline uint16_t *class_at(page_heap_t *pages, const char *address) noexcept nogil:
-    return &page_map_chunk(pages.map, address).pages[
-        (<uintptr_t>address & (CHUNK_BYTES - 1)) // pages.page_bytes
-    ].size_class
-
-
-cdef void commit(page_heap_t *pages, const run_t *run, bint *fresh) noexcept nogil:
-    cdef arena_t *arena = <arena_t *>run.arena
-    cdef int64_t n_committed = arena.n_committed
-    fresh[0] = arena_commit(arena, run.address, run.n_pages * <int64_t>pages.page_bytes)
-    pages.committed_bytes += (arena.n_committed - n_committed) * <int64_t>arena.page_bytes
-    pages.used_pages += run.n_pages
-    pages.n_runs_out += run.state == RUN_LIVE
-
-
-# ---------------------------------------------------------------------------------------------
-# What others call
 
 cdef bint page_heap_has_own_arena(
     const page_heap_t *pages, int64_t n_pages, size_t align_bytes
@@ -234,10 +140,10 @@ cdef run_t *page_heap_alloc(
             )
             if grown != NULL:
                 run = grown.run_of_page[0]
-    if run != NULL and not is_affordable(
+    if run != NULL and not page_budget_allows(
         pages, run, aligned_start(run, align_bytes), <int64_t>nbytes
     ):
-        run = find_affordable(pages, run, n_pages, align_bytes)
+        run = page_budget_find(pages, run, n_pages, align_bytes)
         if run == NULL:
             error[0] = ERROR_BUDGET
     if run != NULL:
@@ -245,8 +151,8 @@ cdef run_t *page_heap_alloc(
         if free_runs_carve(
             &pages.free, run, start, n_pages, RUN_LIVE if slab == NULL else RUN_SLAB, slab
         ):
-            commit(pages, run, fresh)
-            set_class(pages, run, size_class)
+            page_budget_commit(pages, run, fresh)
+            page_heap_set_class(pages, run, size_class)
         else:
             error[0] = ENOMEM
     if error[0] and grown != NULL:
@@ -275,7 +181,7 @@ cdef void page_heap_free(
             (blocks[i].address - arena.address) // <int64_t>pages.page_bytes
         ]
         poison(run.address, <size_t>run.n_pages * pages.page_bytes)
-        set_class(pages, run, 0)
+        page_heap_set_class(pages, run, 0)
         pages.used_pages -= run.n_pages
         pages.n_runs_out -= run.state == RUN_LIVE
         if not arena.dedicated:
@@ -333,7 +239,7 @@ cdef const char *check_classes(page_heap_t *pages, const arena_t *arena) noexcep
         if arena.run_of_page[page] != NULL:
             run = arena.run_of_page[page]
         is_start = run.state == RUN_SLAB or (run.state == RUN_LIVE and run.address == address)
-        if (class_at(pages, address)[0] != 0) != is_start:
+        if (page_heap_entry(pages, address).size_class != 0) != is_start:
             return "a page's class is not that of the run or slab it belongs to"
         address += page_bytes
     return NULL

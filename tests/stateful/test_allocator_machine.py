@@ -1,6 +1,7 @@
-"""Any order of alloc, write, free and trim: nothing overlaps, nothing is lost, `check()` holds."""
+"""Any order of alloc, write, resize, free, trim: nothing overlaps or is lost, all adds up."""
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -28,7 +29,10 @@ class AllocatorMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.allocator = PageAllocator(
-            backing=self.backing, arena_bytes="4MiB", budget_bytes=BUDGET_BYTES
+            backing=self.backing,
+            arena_bytes="4MiB",
+            budget_bytes=BUDGET_BYTES,
+            purge_after_s=0.01,
         )
         self.fill = 0
         self.live = {}
@@ -60,6 +64,26 @@ class AllocatorMachine(RuleBasedStateMachine):
             return
         assert (np.frombuffer(buffer, np.uint8) == self.live.pop(buffer)).all()
         buffer.close()
+
+    @rule(buffer=buffers, nbytes=sizes)
+    def resize(self, buffer, nbytes):
+        if buffer is None or buffer.closed:
+            return
+        n_kept = min(nbytes, buffer.nbytes)
+        address, before = buffer.address, buffer.nbytes
+        try:
+            buffer.resize(nbytes)
+        except OutOfMemoryError:
+            assert (buffer.address, buffer.nbytes) == (address, before)
+            n_kept = before
+        view = np.frombuffer(buffer, np.uint8)
+        assert (view[:n_kept] == self.live[buffer]).all()
+        view.fill(self.live[buffer])
+
+    @rule()
+    def pass_a_while(self):
+        """The purger comes by once or twice."""
+        time.sleep(0.02)
 
     @rule()
     def trim(self):

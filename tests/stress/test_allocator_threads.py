@@ -25,6 +25,10 @@ def churn(allocator, mailbox, stop, seed, failures):
             nbytes = int(2 ** rng.uniform(0, 20))
             buffer = allocator.alloc(nbytes)
             np.frombuffer(buffer, np.uint8).fill(seed)
+            if rng.random() < 0.3:
+                buffer.resize(int(2 ** rng.uniform(0, 20)))
+                assert (np.frombuffer(buffer, np.uint8)[:nbytes] == seed).all()
+                np.frombuffer(buffer, np.uint8).fill(seed)
             mailbox.append((seed, buffer))
             if len(mailbox) > 50:
                 fill, other = mailbox.popleft()
