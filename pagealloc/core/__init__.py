@@ -35,6 +35,7 @@ this by reading the table below)::
     12  thread_cache    a thread's magazines for one heap, as the thread uses them
     13  collector       what others do with a thread's magazines
     14  heap_state      what a heap is made of; its size classes
+    15  guard            blocks of a heap that finds errors: guards around them, or once freed
     15  heap_caches     the caches of all threads; what is idle, and how it goes back
     15  heap_options    the settings of a heap, read and checked
     15  heap_latency    which allocations are timed, and into which histogram they go

@@ -104,6 +104,13 @@ cdef class PageAllocator(Heap):
         the fork takes less time the more memory there is.
     zero_on_reuse : bool
         Memory that was in use before is filled with zeros before it is handed out again.
+    guard : {None, "slot", "freed", "slot+freed"}
+        For the search of errors; every block takes whole pages of its own then, and system calls.
+        ``"slot"``: the page behind each block cannot be accessed.  A block shorter than a page ends
+        right before it, up to the multiple of 64 bytes or `align`; a longer one starts on a page,
+        and the rest of its last page is not guarded.  ``"freed"``: what was freed cannot be
+        accessed until it is used again.  Such an access ends the process by SIGSEGV; Python's
+        `faulthandler` shows where.
     time_every : int
         One allocation in about so many has its time taken, for `latencies`; 0: none.  It can be set
         later as well.

@@ -40,7 +40,7 @@ from pagealloc.core.page_map cimport (
     page_map_recycle,
 )
 from pagealloc.core.os_memory cimport os_abandon, os_reserve
-from pagealloc.core.os_pages cimport os_copy, os_forbid, os_move_onto
+from pagealloc.core.os_pages cimport os_copy, os_guard, os_move_onto
 from pagealloc.core.page_run cimport RUN_FREE, run_t
 
 cdef extern from "poison.h" nogil:
@@ -199,7 +199,7 @@ cdef void copy_runs(const arena_t *arena, char *copy) noexcept nogil:
             n_copied = os_copy(copy + (run.address - arena.address), run.address, nbytes)
             n_copied -= n_copied % arena.page_bytes
             if n_copied < nbytes:
-                os_forbid(copy + (run.address - arena.address) + n_copied, nbytes - n_copied)
+                os_guard(copy + (run.address - arena.address) + n_copied, nbytes - n_copied)
         page += run.n_pages
 
 

@@ -21,6 +21,7 @@ from libc.string cimport memset
 
 from pagealloc.core.atomics cimport atomic_load_i64, atomic_load_ptr, atomic_load_u16
 from pagealloc.core.block_map cimport LIKELY, block_chunk, block_class, block_state, is_live
+from pagealloc.core.guard cimport guarded_bytes, guarded_free
 from pagealloc.core.heap_caches cimport heap_add_cache, heap_trim
 from pagealloc.core.heap_latency cimport heap_latency_group
 from pagealloc.core.heap_life cimport heap_end_thread
@@ -250,6 +251,8 @@ cdef int heap_free_slow(heap_t *heap, char *address) noexcept nogil:
     cdef uint16_t live
     if chunk == NULL or atomic_load_ptr(&chunk.owner) != heap:
         return NOT_OURS
+    if heap.guard:
+        return guarded_free(heap, address)
     size_class = block_class(&heap.blocks, chunk, address)
     block.address = address
     block.state = block_state(&heap.blocks, chunk, address, size_class)
@@ -342,6 +345,8 @@ cdef size_t heap_usable_bytes(heap_t *heap, const char *address) noexcept nogil:
     cdef size_t size_class
     if chunk == NULL or atomic_load_ptr(&chunk.owner) != heap:
         return 0
+    if heap.guard:
+        return guarded_bytes(heap, address)
     size_class = block_class(&heap.blocks, chunk, address)
     state = block_state(&heap.blocks, chunk, address, size_class)
     if state == NULL or not is_live(atomic_load_u16(state)):

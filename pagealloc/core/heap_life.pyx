@@ -71,6 +71,7 @@ cdef heap_t *heap_new(const heap_options_t *options) noexcept nogil:
     )
     heap.purge_after_ns = options.purge_after_ns
     heap.zero_on_reuse = options.zero_on_reuse
+    heap.guard = options.guard
     heap_init_classes(heap)
     heap.largest_fast_bytes = 0 if heap.zero_on_reuse else heap.largest_table_bytes
     heap_latency_init(heap)
@@ -112,7 +113,7 @@ cdef void enter_registry(heap_t *heap) noexcept nogil:
     mutex_lock(&registry_mutex)
     last_generation += 1
     heap.generation = last_generation
-    heap.id = 0
+    heap.id = MAX_HEAPS if heap.guard else 0
     while heap.id < MAX_HEAPS and heap_of_id[heap.id] != NULL:
         heap.id += 1
     if heap.id < MAX_HEAPS:

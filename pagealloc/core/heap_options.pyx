@@ -17,6 +17,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from pagealloc.core.backing cimport BACKING_BASE, BACKING_HUGETLB, BACKING_THP, round_up
+from pagealloc.core.heap_state cimport GUARD_FREED, GUARD_SLOT
 from pagealloc.core.os_memory cimport os_huge_page_bytes, os_page_bytes
 from pagealloc.core.page_map cimport CHUNK_BYTES
 
@@ -28,6 +29,11 @@ BACKINGS = {
     "hugetlb": BACKING_HUGETLB,
     "thp": BACKING_THP,
     "base": BACKING_BASE,
+}
+cdef dict GUARDS = {
+    "slot": GUARD_SLOT,
+    "freed": GUARD_FREED,
+    "slot+freed": GUARD_SLOT | GUARD_FREED,
 }
 cdef object ON_FORK = ("inherit", "dontfork")
 cdef double SHORTEST_PURGE_S = 0.01, LONGEST_PURGE_S = 86400.0
@@ -111,6 +117,12 @@ cdef size_t hugetlb_page_bytes(object asked, str backing) except 0:
     return nbytes
 
 
+cdef int guard_of(object guard) except -1:
+    if not isinstance(guard, str) or guard not in GUARDS:
+        raise ValueError(f"guard={guard!r}: possible are None, {', '.join(map(repr, GUARDS))}")
+    return GUARDS[guard]
+
+
 cdef int64_t budget_of(object budget_bytes) except -2:
     if budget_bytes is None:
         return -1
@@ -148,4 +160,12 @@ cdef int read_options(heap_options_t *options, dict settings) except -1:
     options.placement.is_wiped_on_fork = settings["on_fork"] == "dontfork"
     options.purge_after_ns = purge_after_ns(settings["purge_after_s"])
     options.zero_on_reuse = bool(settings["zero_on_reuse"])
+    if settings["guard"] is not None:
+        options.guard = guard_of(settings["guard"])
+        if backing not in ("auto", "base"):
+            raise ValueError(
+                f"guard={settings['guard']!r} guards single pages: "
+                f"use backing='base', not {backing!r}"
+            )
+        options.placement.ladder = BACKING_BASE
     return 0

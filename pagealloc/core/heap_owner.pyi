@@ -19,6 +19,7 @@ class Heap:
         preferred: SupportsIndex | None = None,
         on_fork: str = "inherit",
         zero_on_reuse: bool = False,
+        guard: str | None = None,
         time_every: int = 2048,
     ) -> None: ...
     @property

@@ -91,7 +91,7 @@ cdef class Heap:
     def __init__(
         self, *, backing="auto", arena_bytes="64MiB", budget_bytes=None, purge_after_s=0.5,
         huge_page_bytes=None, numa_node=None, preferred=None, on_fork="inherit",
-        zero_on_reuse=False, time_every=2048
+        zero_on_reuse=False, guard=None, time_every=2048
     ):
         cdef heap_options_t options
         cdef int64_t timed = checked_time_every(time_every)
@@ -101,7 +101,7 @@ cdef class Heap:
             "backing": backing, "arena_bytes": arena_bytes, "budget_bytes": budget_bytes,
             "purge_after_s": purge_after_s, "huge_page_bytes": huge_page_bytes,
             "numa_node": numa_node, "preferred": preferred, "on_fork": on_fork,
-            "zero_on_reuse": zero_on_reuse,
+            "zero_on_reuse": zero_on_reuse, "guard": guard,
         })
         self.backing = backing
         self.arena_bytes = options.arena_bytes

@@ -70,6 +70,8 @@ cdef char *resize_without_copy(
     cdef size_t new_class = heap_class_of_unusual(heap, nbytes, align_bytes)
     cdef int64_t key
     cdef char *moved
+    if heap.guard:      # by a copy, so that what points to the old block is found out
+        return NULL
     if size_class < FIRST_RUN_CLASS:
         return address if size_class == new_class else NULL
     if 0 < new_class < FIRST_RUN_CLASS:

@@ -27,6 +27,7 @@ from pagealloc.core.block_map cimport (
     mark_returning,
 )
 from pagealloc.core.central cimport central_give_back, central_put, central_take
+from pagealloc.core.guard cimport guarded_alloc
 from pagealloc.core.heap_caches cimport (
     heap_collect_if_due,
     heap_deliver,
@@ -104,6 +105,8 @@ cdef char *heap_supply(
     """
     cdef int64_t key
     cdef char *address = NULL
+    if heap.guard:
+        return guarded_alloc(heap, nbytes, align_bytes, fresh, error)
     heap_note_slow(heap, cache)
     error[0] = ERROR_RETRY
     if cache != NULL and size_class:

@@ -23,12 +23,17 @@ cdef enum:
     N_KEY_HINTS = 256
     N_TAGS = 256
 
+cdef enum:                      # what a heap guards
+    GUARD_SLOT = 1              # the page behind each block
+    GUARD_FREED = 2             # what was freed, until it is used again
+
 cdef struct heap_options_t:         # what a heap is told when it is made
     size_t arena_bytes
     placement_t placement
     int64_t budget_bytes            # -1: none
     int64_t purge_after_ns          # 0: never by itself
     bint zero_on_reuse              # what was in use before is handed out as zeros
+    int guard                       # GUARD_...
 
 cdef struct heap_t:             # page-aligned: cold fields first, as in thread_cache_t
     mutex_t collect_mutex           # one collection at a time
@@ -53,6 +58,7 @@ cdef struct heap_t:             # page-aligned: cold fields first, as in thread_
     int64_t time_every              # one allocation in so many is timed; 0: none; atomic
     int64_t purge_after_ns          # 0: never by itself
     bint zero_on_reuse
+    int guard                       # GUARD_...; not 0: no magazines
     int64_t is_watched              # by the purger; atomic
     int64_t next_purge_ns           # atomic
     int64_t n_failed                # atomic

@@ -12,6 +12,7 @@ cdef size_t os_copy(char *to, const char *source, size_t nbytes) noexcept nogil
 cdef int os_move_onto(
     void *source, size_t nbytes, void *to, size_t to_nbytes
 ) noexcept nogil
-cdef int os_forbid(void *address, size_t nbytes) noexcept nogil
+cdef int os_guard(void *address, size_t nbytes) noexcept nogil
+cdef int os_unguard(void *address, size_t nbytes) noexcept nogil
 cdef int os_bind_to_node(void *address, size_t nbytes, int node, bint strict) noexcept nogil
 cdef int os_node_of_page(void *address) noexcept nogil

@@ -2,8 +2,8 @@
 
 Purpose
     Count the physical memory that is this process's alone, and the part of it that huge pages map;
-    see huge pages being split; put other pages in their place; say on which NUMA node pages shall
-    lie, and do lie.
+    see huge pages being split; put other pages in their place, or guards; say on which NUMA node
+    pages shall lie, and do lie.
 Structure
     /proc/self/pagemap: one word a page        -> os_private_bytes
                         PAGEMAP_SCAN (ioctl)   -> os_huge_bytes
@@ -15,15 +15,18 @@ Units
     Bytes; node numbers.
 """
 
-from libc.errno cimport errno
+from libc.errno cimport EINVAL, errno
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport strtoll
 from libc.string cimport strlen, strstr
 from posix.fcntl cimport O_RDONLY, open
-from posix.mman cimport MAP_FAILED, PROT_NONE, mprotect
+from posix.mman cimport MAP_FAILED, PROT_NONE, PROT_READ, PROT_WRITE, mprotect
 from posix.unistd cimport close, pipe, pread, read, write
 
+from pagealloc.core.atomics cimport atomic_load_i64, atomic_store_i64
 from pagealloc.core.os_memory cimport (
+    MADV_GUARD_INSTALL,
+    MADV_GUARD_REMOVE,
     CALL_MBIND,
     CALL_MOVE_PAGES,
     CALL_MPROTECT,
@@ -31,6 +34,8 @@ from pagealloc.core.os_memory cimport (
     CALL_PAGEMAP,
     CALL_PIPE,
     CALL_VMSTAT,
+    os_advise,
+    os_purge,
     os_real_page_bytes,
     os_refused,
     os_resident_bytes,
@@ -52,6 +57,8 @@ cdef enum:
     PAGEMAP_PRESENT = 63
     BATCH_PAGES = 1024
     VMSTAT_BYTES = 32768        # it takes 6,000
+
+cdef int64_t guards_are_mappings = False    # MADV_GUARD_INSTALL is not to be had; atomic
 
 
 cdef int open_pagemap() noexcept nogil:
@@ -155,11 +162,33 @@ cdef int os_move_onto(
     return 0
 
 
-cdef int os_forbid(void *address, size_t nbytes) noexcept nogil:
-    """Let an access of the range be a fault from now on."""
+cdef int os_guard(void *address, size_t nbytes) noexcept nogil:
+    """Let an access of the range be a fault from now on; what is in it is lost.
+
+    By entries in the page tables where the kernel has those (Linux 6.13); else by a mapping of its
+    own that forbids all access, of which there may be a limited number.
+    """
+    cdef int error
+    if not atomic_load_i64(&guards_are_mappings):
+        error = os_advise(address, nbytes, MADV_GUARD_INSTALL)
+        if error != EINVAL:
+            return error
+        atomic_store_i64(&guards_are_mappings, True)
     if os_refused(CALL_MPROTECT) or mprotect(address, nbytes, PROT_NONE) != 0:
         return errno
+    os_purge(address, nbytes)
     return 0
+
+
+cdef int os_unguard(void *address, size_t nbytes) noexcept nogil:
+    """Let the range be memory again; what was guarded is zero, and what was not is as it was."""
+    cdef int error
+    if atomic_load_i64(&guards_are_mappings) and (
+        os_refused(CALL_MPROTECT) or mprotect(address, nbytes, PROT_READ | PROT_WRITE) != 0
+    ):
+        return errno
+    error = os_advise(address, nbytes, MADV_GUARD_REMOVE)
+    return 0 if error == EINVAL else error      # the kernel has no such guards
 
 
 cdef int os_bind_to_node(void *address, size_t nbytes, int node, bint strict) noexcept nogil:
