@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", type=Path, metavar="PATH", help="where the JSON goes (.benchmarks/NAME.json)"
     )
-    parser.add_argument("--quick", action="store_true", help="a shortened version (core)")
+    parser.add_argument("--quick", action="store_true", help="a shortened version (core, memory)")
     parser.add_argument(
         "--markdown",
         type=Path,

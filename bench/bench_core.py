@@ -10,19 +10,23 @@ import contextlib
 import importlib
 import importlib.util
 import statistics
-import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench import python_side, soak
 from bench.peers import PEERS, how_to_install, missing_peers
 from bench.report import machine
-from bench.rows import Row, RowsReport, compare, limit_row
-from bench.workers import OURS, Drivers, Worker, compile_drivers, require_compiler, workers
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from bench.rows import Row, RowsReport, compare, guarded, limit_row
+from bench.workers import (
+    OURS,
+    Drivers,
+    Worker,
+    compile_drivers,
+    peer_versions,
+    require_compiler,
+    workers,
+)
 
 __all__ = ["Line", "run"]
 
@@ -199,22 +203,6 @@ def numpy_rows() -> list[Row]:
     return [Row(**{name: entry[name] for name in Row.__dataclass_fields__ if name in entry})]
 
 
-def guarded(bar: str, text: str, to_reach: float, measure: Callable[[], list[Row]]) -> list[Row]:
-    """Measure; what cannot be measured becomes a row that says why, and all others go on."""
-    print(f"measuring {bar}: {text}", file=sys.stderr, flush=True)
-    try:
-        return measure()
-    except RuntimeError as error:
-        return [compare(bar, text, to_reach, None, {}, note=str(error))]
-
-
-def versions(drivers: Drivers) -> dict[str, str]:
-    """Return what each peer says of itself."""
-    with workers(drivers, ours=False) as everyone:
-        said = {name: worker.ask("identity")["version"] for name, worker in everyone.items()}
-    return {name: said.get(name, "missing").partition("-")[0] for name in PEER_NAMES}
-
-
 def run(rounds: int, *, quick: bool = False) -> RowsReport:
     """Measure everything: minutes, or about one if `quick`."""
     require_compiler()
@@ -224,7 +212,9 @@ def run(rounds: int, *, quick: bool = False) -> RowsReport:
     rows: list[Row] = []
     with compile_drivers() as drivers:
         facts = machine() | {
-            "peers": ", ".join(f"{name} {version}" for name, version in versions(drivers).items()),
+            "peers": ", ".join(
+                f"{name} {version}" for name, version in peer_versions(drivers).items()
+            ),
             "effort": f"{effort.n_rounds} rounds, {effort.soak.total_s / 60:g} minutes of soak",
         }
         for line in LINES:

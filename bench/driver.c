@@ -3,13 +3,14 @@
  * Purpose: time the same work on malloc (an executable, whatever library is preloaded) and on
  *     pagealloc (a shared library with -DBENCH_OURS, loaded by bench/worker.py), so that both
  *     differ in two calls only: take and give, in blocks.h.
- * Structure: blocks.h -> pairs.h, churn.h: the works -> serve(): a command a line on stdin, a line
+ * Structure: blocks.h -> pairs.h, churn.h, retained.h: the works -> serve(): a command a line on stdin, a line
  *     of JSON on stdout.  A work first warms up, then measures, then frees everything it has.
  * Locking: none.
  * Units: nanoseconds, bytes.
  */
 #include "churn.h" /* first: it may include Python.h */
 #include "pairs.h"
+#include "retained.h"
 #include <dlfcn.h>
 #include <gnu/libc-version.h>
 #include <stdio.h>
@@ -97,6 +98,12 @@ static void answer(const char *work, long long a, long long b, long long c)
         print_percentiles(soak_window(nbytes, (int)b, c), &window_samples, true);
     else if (strcmp(work, "soak_total") == 0)
         print_percentiles(!run_samples.counts, &run_samples, false);
+    else if (strcmp(work, "retain") == 0)
+        print_result(retain(nbytes, (int)b) ? refused : (result){0, b, 0});
+    else if (strcmp(work, "release") == 0)
+        print_result((release(), (result){0}));
+    else if (strcmp(work, "retire") == 0)
+        print_result((retire(), (result){0}));
     else if (strcmp(work, "identity") == 0)
         print_identity();
     else

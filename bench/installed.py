@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
-__all__ = ["ROOT", "prefer_installed_package"]
+__all__ = ["ROOT", "environment", "prefer_installed_package"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,3 +18,12 @@ def prefer_installed_package() -> None:
     sys.path[:] = [entry for entry in entries if Path(entry or ".").resolve() != ROOT]
     if importlib.util.find_spec("pagealloc") is None:
         sys.path[:] = entries  # built in place, and not installed
+
+
+def environment(*more_paths: Path) -> dict[str, str]:
+    """Return the environment of a process that imports the pagealloc imported here."""
+    import pagealloc
+
+    paths = [Path(pagealloc.__file__).resolve().parent.parent, *more_paths]
+    texts = [*map(str, paths), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, texts))}

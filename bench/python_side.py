@@ -7,13 +7,11 @@ written as a program writes it, loop and clock included: a name is bound to the 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -127,15 +125,13 @@ def measure(effort: Effort) -> dict[str, dict[str, list[float]]]:
 
 def rows(effort: Effort) -> list[Row]:
     """Run the process, and judge what it found."""
-    import pagealloc
+    from bench.installed import environment
     from bench.rows import compare
     from bench.workers import WorkerError
 
-    parent_of_package = str(Path(pagealloc.__file__).resolve().parent.parent)
-    paths = [parent_of_package, os.environ.get("PYTHONPATH", "")]
     result = subprocess.run(
         [sys.executable, __file__, str(effort.n_rounds), str(effort.n_loops)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "RowsReport",
     "best_peer",
     "compare",
+    "guarded",
     "limit_row",
     "markdown_table",
     "median_ratio",
@@ -128,6 +130,15 @@ def limit_row(
     """Judge one figure of ours by itself."""
     holds = None if ours is None else ours <= to_reach
     return Row(bar, work, ours, more.pop("peers", {}), unit, None, to_reach, holds, **more)
+
+
+def guarded(bar: str, text: str, to_reach: float, measure: Callable[[], list[Row]]) -> list[Row]:
+    """Measure; what cannot be measured becomes a row that says why, and all others go on."""
+    print(f"measuring {bar}: {text}", file=sys.stderr, flush=True)
+    try:
+        return measure()
+    except RuntimeError as error:
+        return [compare(bar, text, to_reach, None, {}, note=str(error))]
 
 
 # --- tables ---

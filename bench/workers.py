@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
+from bench.installed import environment
 from bench.peers import PEERS, Peer
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "Worker",
     "WorkerError",
     "compile_drivers",
+    "peer_versions",
     "require_compiler",
     "workers",
 ]
@@ -139,12 +140,8 @@ class Worker:
                 f"pagealloc {pagealloc.__version__} has no C API (pagealloc.get_include), "
                 "through which the driver would allocate: install a later one"
             )
-        # The package measured is the one imported here, wherever it lies.
-        parent_of_package = str(Path(pagealloc.__file__).resolve().parent.parent)
-        paths = [parent_of_package, os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [sys.executable, str(BENCH / "worker.py"), str(drivers.library), *settings]
-        return cls(OURS, [*under, *command], environment)
+        return cls(OURS, [*under, *command], environment())
 
     def ask(self, work: str, *numbers: int) -> dict[str, Any]:
         """Have one work done.
@@ -202,3 +199,12 @@ def workers(
     finally:
         for worker in started.values():
             worker.close()
+
+
+def peer_versions(drivers: Drivers) -> dict[str, str]:
+    """Return what each peer says of itself."""
+    with workers(drivers, ours=False) as everyone:
+        said = {name: worker.ask("identity")["version"] for name, worker in everyone.items()}
+    return {
+        name: said.get(name, "missing").partition("-")[0] for name in (peer.name for peer in PEERS)
+    }

@@ -68,7 +68,7 @@ def test_hugetlb_from_a_pool(hugetlb_pool):
         buffer = allocator.alloc("8MiB")
         faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         touch(buffer)
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before <= 8
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before <= 64
         (arena,) = allocator.stats().arenas
         assert arena.achieved_backing == "hugetlb"
         assert arena.committed_bytes == arena.reserved_bytes  # it left the pool whole

@@ -1,28 +1,12 @@
 """The core benchmark's arithmetic, and its driver with rounds too short to prove anything."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
+from benches import import_bench
 
 import pagealloc
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def import_bench():
-    """Make `bench` importable without the checkout's root on sys.path (see conftest)."""
-    if "bench" not in sys.modules:
-        folder = ROOT / "bench"
-        spec = importlib.util.spec_from_file_location(
-            "bench", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        sys.modules["bench"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["bench"])
-
 
 import_bench()
 from bench import bench_core, python_side, rows, soak, workers  # noqa: E402
@@ -131,9 +115,9 @@ def test_what_cannot_be_measured_is_shown_and_fails(capsys):
     def fail():
         raise workers.WorkerError("glibc: died")
 
-    (row,) = bench_core.guarded("13", "soak", 0.38, fail)
+    (row,) = rows.guarded("13", "soak", 0.38, fail)
     assert (row.holds, row.note, row.succeeds) == (None, "glibc: died", False)
-    assert bench_core.guarded("1", "hot", 1, lambda: ROWS) == ROWS
+    assert rows.guarded("1", "hot", 1, lambda: ROWS) == ROWS
     assert "measuring 13: soak" in capsys.readouterr().err
 
 
