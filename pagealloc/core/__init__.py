@@ -48,6 +48,7 @@ this by reading the table below)::
     19  heap_resize     a live block made longer or shorter
     19  heap_owner      Heap: the Python owner of a heap: settings, errors, stats
     20  buffer          Buffer: the Python handle of one slot or run
+    21  prefault        memory made physical before somebody waits for it
     21  batch           Batch: many blocks under one handle
     22  exact           ExactClass: blocks of a caller's own size, not rounded
     23  allocator       PageAllocator: the Python face

@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from threading import Event
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -11,7 +12,17 @@ from pagealloc.core.heap_owner import Heap
 from pagealloc.core.latency_histogram import LatencyHistogram
 
 class PageAllocator(Heap):
-    def alloc(self, nbytes: int | str, *, align: int | str | None = None) -> Buffer: ...
+    def alloc(
+        self, nbytes: int | str, *, align: int | str | None = None, prefault: bool = False
+    ) -> Buffer: ...
+    def prefault(
+        self,
+        nbytes: int | str,
+        *,
+        n_threads: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+        cancel: Event | None = None,
+    ) -> int: ...
     def alloc_many(
         self, nbytes: int | str, n_blocks: SupportsIndex, *, align: int | str | None = None
     ) -> Batch: ...

@@ -21,6 +21,7 @@ from pagealloc.core.buffer cimport Buffer, new_buffer
 from pagealloc.core.heap_latency cimport heap_latencies
 from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.heap_state cimport heap_t
+from pagealloc.core.prefault cimport prefault_buffer, prefault_heap
 
 from pagealloc.core.exact import exact_class
 from pagealloc.errors import OutOfMemoryError
@@ -135,7 +136,7 @@ cdef class PageAllocator(Heap):
     """
 
     @cython.binding(False)
-    def alloc(self, nbytes, *, align=None):
+    def alloc(self, nbytes, *, align=None, prefault=False):
         """Allocate memory.
 
         Parameters
@@ -145,6 +146,9 @@ cdef class PageAllocator(Heap):
         align : int or str, optional
             What the address is a multiple of: a power of two up to 1 GiB.  None: a page for
             lengths from a page on, else 64 bytes.
+        prefault : bool
+            Have the kernel back all of it now, by several threads, so that no first touch has to
+            wait for it: as many as there are CPUs, 8 at most.
 
         Returns
         -------
@@ -162,7 +166,49 @@ cdef class PageAllocator(Heap):
         ClosedError
             The allocator is closed.
         """
-        return new_buffer(self, size_of(nbytes), 0 if align is None else parse_align(align))
+        cdef Buffer buffer = new_buffer(
+            self, size_of(nbytes), 0 if align is None else parse_align(align)
+        )
+        if prefault:
+            prefault_buffer(buffer)
+        return buffer
+
+    def prefault(self, nbytes, *, n_threads=None, progress=None, cancel=None) -> int:
+        """Have the kernel back free memory now, so that later allocations cause no page faults.
+
+        Parameters
+        ----------
+        nbytes : int or str
+            How much, such as ``"4GiB"``.  Free memory that is backed already counts.
+        n_threads : int, optional
+            How many threads do it, the calling one included; None: as many as there are CPUs, 8 at
+            most.
+        progress : callable, optional
+            Called now and then with the bytes that are backed, and with all that will be; in the
+            calling thread.  What it raises ends the work, and is raised.
+        cancel : threading.Event, optional
+            Once it is set, the work ends after a few milliseconds.
+
+        Returns
+        -------
+        int
+            How many bytes are backed: all of them, in whole pages, unless cancelled.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `nbytes` is no size, or `n_threads` below 1, or the allocator has ``guard=``.
+        OutOfMemoryError, BackingUnavailableError, ClosedError
+            As `alloc`; then nothing more than before is kept.
+
+        Notes
+        -----
+        The memory waits for as long as it takes; once it was used and freed, `purge_after_s` holds
+        for it as for all else.  `trim` gives it back.  It serves requests of up to half of
+        `arena_bytes`; for larger ones, which get arenas of their own, say ``alloc(…,
+        prefault=True)``.  Thread-safe.
+        """
+        return prefault_heap(self, size_of(nbytes), n_threads, progress, cancel)
 
     def alloc_many(self, nbytes, n_blocks, *, align=None) -> Batch:
         """Allocate many blocks of one size by one call.

@@ -48,4 +48,5 @@ cdef int arena_node(const arena_t *arena) noexcept nogil
 cdef void arena_note_free(
     arena_t *arena, const char *address, int64_t nbytes, int32_t tick
 ) noexcept nogil
+cdef void arena_note_kept(arena_t *arena, const char *address, int64_t nbytes) noexcept nogil
 cdef bint arena_check(const arena_t *arena) noexcept nogil

@@ -357,6 +357,18 @@ cdef void arena_note_free(
             arena.freed_at[i] = tick
 
 
+cdef void arena_note_kept(arena_t *arena, const char *address, int64_t nbytes) noexcept nogil:
+    """Note that the range is kept, though it is free: of pieces that lie in it as a whole."""
+    cdef int64_t piece_bytes = arena.piece_pages * <int64_t>arena.page_bytes
+    cdef int64_t i
+    for i in range(
+        (address - arena.address + piece_bytes - 1) // piece_bytes,
+        (address + nbytes - arena.address) // piece_bytes
+    ):
+        arena.n_dirty -= arena.freed_at[i] != 0
+        arena.freed_at[i] = 0
+
+
 cdef int64_t arena_held_bytes(const arena_t *arena) noexcept nogil:
     """Physical bytes behind the arena, by mincore over its committed pages; -1 if refused."""
     cdef int64_t i = 0, first, resident_bytes, held_bytes = 0

@@ -45,6 +45,7 @@ cdef int64_t arenas_purge_pages(
 ) noexcept nogil
 cdef void arenas_leave_hugetlb(page_heap_t *pages) noexcept nogil
 cdef void arenas_note_free(page_heap_t *pages, const run_t *run, int32_t tick) noexcept nogil
+cdef void arenas_note_kept(page_heap_t *pages, const run_t *run) noexcept nogil
 
 
 cdef inline size_t mapped_bytes(const arena_t *arena) noexcept nogil:

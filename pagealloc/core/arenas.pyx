@@ -23,6 +23,7 @@ from pagealloc.core.arena cimport (
     arena_held_bytes,
     arena_new,
     arena_note_free,
+    arena_note_kept,
     arena_purge,
     arena_t,
 )
@@ -181,6 +182,14 @@ cdef void arenas_note_free(page_heap_t *pages, const run_t *run, int32_t tick) n
     cdef arena_t *arena = <arena_t *>run.arena
     cdef int64_t n_dirty = arena.n_dirty
     arena_note_free(arena, run.address, run.n_pages * <int64_t>pages.page_bytes, tick)
+    pages.n_dirty += arena.n_dirty - n_dirty
+
+
+cdef void arenas_note_kept(page_heap_t *pages, const run_t *run) noexcept nogil:
+    """Note that a run is kept, though it is free; it is not dedicated."""
+    cdef arena_t *arena = <arena_t *>run.arena
+    cdef int64_t n_dirty = arena.n_dirty
+    arena_note_kept(arena, run.address, run.n_pages * <int64_t>pages.page_bytes)
     pages.n_dirty += arena.n_dirty - n_dirty
 
 

@@ -48,7 +48,7 @@ cdef int64_t central_take(
 cdef bint central_count_out(central_t *central, int64_t key) noexcept nogil
 cdef void central_put(central_t *central, const block_t *blocks, int64_t n) noexcept nogil
 cdef void central_give_back(
-    central_t *central, const block_t *blocks, int64_t n, bint is_idle
+    central_t *central, const block_t *blocks, int64_t n, int freed
 ) noexcept nogil
 cdef void central_drain(central_t *central) noexcept nogil
 cdef void central_collect(central_t *central) noexcept nogil

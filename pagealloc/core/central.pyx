@@ -28,6 +28,8 @@ from pagealloc.core.block_map cimport block_map_t, known_block_state
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
 from pagealloc.core.os_memory cimport os_abandon, os_page_bytes, os_reserve
 from pagealloc.core.page_heap cimport (
+    FREED_LONG_AGO,
+    FREED_NOW,
     page_heap_alloc,
     page_heap_free,
     page_heap_has_own_arena,
@@ -247,26 +249,26 @@ cdef void central_put(central_t *central, const block_t *blocks, int64_t n) noex
         n_kept = 0
     mutex_unlock(&central.mutex)
     if n_kept < n:
-        central_give_back(central, blocks + n_kept, n - n_kept, False)
+        central_give_back(central, blocks + n_kept, n - n_kept, FREED_NOW)
 
 
 cdef void central_give_back(
-    central_t *central, const block_t *blocks, int64_t n, bint is_idle
+    central_t *central, const block_t *blocks, int64_t n, int freed
 ) noexcept nogil:
     """Let go of free blocks: slots to their slabs, runs to the page heap.
 
-    `is_idle` as for page_heap_free.
+    `freed` as for page_heap_free.
     """
     if central.run_pages == 0:
         mutex_lock(&central.mutex)
-        slabs_put(&central.slabs, blocks, n, is_idle)
+        slabs_put(&central.slabs, blocks, n, freed)
         mutex_unlock(&central.mutex)
     else:
-        page_heap_free(central.pages, blocks, n, is_idle)
+        page_heap_free(central.pages, blocks, n, freed)
     atomic_add_i64(&central.n_out, -n)
 
 
-cdef void give_back_cold(central_t *central, int64_t n, bint is_idle) noexcept nogil:
+cdef void give_back_cold(central_t *central, int64_t n, int freed) noexcept nogil:
     """Give back `n` idle blocks, the longest unused first."""
     cdef block_t blocks[PIECE]
     cdef int64_t n_piece
@@ -276,13 +278,13 @@ cdef void give_back_cold(central_t *central, int64_t n, bint is_idle) noexcept n
         mutex_unlock(&central.mutex)
         if n_piece == 0:
             return
-        central_give_back(central, blocks, n_piece, is_idle)
+        central_give_back(central, blocks, n_piece, freed)
         n -= n_piece
 
 
 cdef void central_drain(central_t *central) noexcept nogil:
     """Give back all idle blocks."""
-    give_back_cold(central, INT64_MAX, False)
+    give_back_cold(central, INT64_MAX, FREED_NOW)
 
 
 cdef void central_collect(central_t *central) noexcept nogil:
@@ -292,7 +294,7 @@ cdef void central_collect(central_t *central) noexcept nogil:
     n_dropped = central.n_victims if central.n_victims < central.n_unused else central.n_unused
     central.n_victims = central.n_unused - n_dropped
     mutex_unlock(&central.mutex)
-    give_back_cold(central, n_dropped, True)
+    give_back_cold(central, n_dropped, FREED_LONG_AGO)
     mutex_lock(&central.mutex)
     central.n_unused = central.n_idle
     if central.run_pages == 0:

@@ -45,6 +45,7 @@ from pagealloc.core.heap_state cimport (
 from pagealloc.core.os_pages cimport os_guard, os_unguard
 from pagealloc.core.page_heap cimport (
     FREED,
+    FREED_NOW,
     NOT_LIVE,
     NOT_OURS,
     page_heap_alloc,
@@ -96,7 +97,7 @@ cdef char *guarded_alloc(
         if error[0] == 0 and n_guards:
             error[0] = os_guard(run.address + n_pages * <int64_t>page_bytes, page_bytes)
         if error[0]:
-            page_heap_free(&heap.pages, &block, 1, False)
+            page_heap_free(&heap.pages, &block, 1, FREED_NOW)
     if error[0]:
         atomic_add_i64(&heap.n_failed, 1)
         return NULL
@@ -139,7 +140,7 @@ cdef int guarded_free(heap_t *heap, char *address) noexcept nogil:
     atomic_store_u16(start_entry(heap, chunk, address), 0)
     if heap.guard & GUARD_FREED:    # refused, this one is found out by nobody
         os_guard(block.address, page_heap_run_bytes(&heap.pages, block.address))
-    central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1, False)
+    central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1, FREED_NOW)
     return FREED
 
 

@@ -43,7 +43,7 @@ from pagealloc.core.heap_state cimport (
     heap_run_class,
     heap_t,
 )
-from pagealloc.core.page_heap cimport page_heap_alloc, page_heap_has_own_arena
+from pagealloc.core.page_heap cimport FREED_NOW, page_heap_alloc, page_heap_has_own_arena
 from pagealloc.core.page_map cimport block_t
 from pagealloc.core.page_run cimport run_t
 from pagealloc.core.size_class cimport NO_CLASS, size_class_aligned
@@ -215,7 +215,7 @@ cdef bint heap_take_back(
         if not atomic_swap_u16(block.state, live, STATE_FREE):
             return False
         if size_class == UNCACHED_RUN:
-            central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1, False)
+            central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1, FREED_NOW)
         else:
             central_put(&heap.centrals[size_class], &block, 1)
         return True

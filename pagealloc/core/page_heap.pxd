@@ -12,6 +12,11 @@ cdef enum:                      # what a free by address comes to
     NOT_OURS = 1                # no slot or run of this heap starts there
     NOT_LIVE = 2                # it is free already
 
+cdef enum:                      # what is known of pages that are freed
+    FREED_NOW = 0
+    FREED_LONG_AGO = 1          # nobody has needed them for a while: the purger's at once
+    FREED_TO_STAY = 2           # somebody will need them: not the purger's until they were used
+
 cdef void page_heap_init(
     page_heap_t *pages, page_map_t *map, void *owner, size_t page_bytes, size_t arena_bytes,
     const placement_t *placement, int64_t budget_bytes
@@ -21,8 +26,9 @@ cdef run_t *page_heap_alloc(
     page_heap_t *pages, int64_t n_pages, size_t align_bytes, uint16_t size_class, void *slab,
     bint may_grow, bint *fresh, int *error
 ) noexcept nogil
+cdef int page_heap_grow(page_heap_t *pages, size_t nbytes) noexcept nogil
 cdef void page_heap_free(
-    page_heap_t *pages, const block_t *blocks, int64_t n, bint is_idle
+    page_heap_t *pages, const block_t *blocks, int64_t n, int freed
 ) noexcept nogil
 cdef size_t page_heap_run_bytes(page_heap_t *pages, const char *address) noexcept nogil
 cdef bint page_heap_has_own_arena(

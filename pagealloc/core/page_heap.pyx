@@ -30,6 +30,7 @@ from pagealloc.core.arenas cimport (
     arenas_add,
     arenas_drop,
     arenas_note_free,
+    arenas_note_kept,
     mapped_bytes,
     page_heap_t,
 )
@@ -161,20 +162,29 @@ cdef run_t *page_heap_alloc(
     return run if error[0] == 0 else NULL
 
 
+cdef int page_heap_grow(page_heap_t *pages, size_t nbytes) noexcept nogil:
+    """One more arena, for requests of any size; an errno value or ERROR_* if it cannot be had."""
+    cdef int error = 0
+    mutex_lock(&pages.mutex)
+    arenas_add(pages, nbytes, 0, False, &error)
+    mutex_unlock(&pages.mutex)
+    return error
+
+
 cdef void page_heap_free(
-    page_heap_t *pages, const block_t *blocks, int64_t n, bint is_idle
+    page_heap_t *pages, const block_t *blocks, int64_t n, int freed
 ) noexcept nogil:
     """Take back runs and slabs by where they start, and merge each with its free neighbours.
 
-    `is_idle` tells that nobody has needed them for a while: they may go back to the kernel at once.
-    A dedicated arena does in any case; refused, it stays for the next request.
+    `freed` is one of FREED_*.  A dedicated arena goes back to the kernel in any case; refused, it
+    stays for the next request.
     """
     cdef int32_t tick
     cdef int64_t i
     cdef arena_t *arena
     cdef run_t *run
     mutex_lock(&pages.mutex)
-    tick = pages.tick - IDLE_TICKS if is_idle else pages.tick
+    tick = pages.tick - IDLE_TICKS if freed == FREED_LONG_AGO else pages.tick
     for i in range(n):
         arena = <arena_t *>page_map_arena(pages.map, blocks[i].address, pages.owner)
         run = arena.run_of_page[
@@ -184,7 +194,9 @@ cdef void page_heap_free(
         page_heap_set_class(pages, run, 0)
         pages.used_pages -= run.n_pages
         pages.n_runs_out -= run.state == RUN_LIVE
-        if not arena.dedicated:
+        if freed == FREED_TO_STAY and not arena.dedicated:
+            arenas_note_kept(pages, run)
+        elif not arena.dedicated:
             arenas_note_free(pages, run, tick)
         free_runs_merge(&pages.free, run)
         if arena.dedicated:

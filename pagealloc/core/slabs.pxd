@@ -36,7 +36,7 @@ cdef int64_t slabs_take(
     slabs_t *slabs, block_t *slots, int64_t n, bint may_grow, int *error
 ) noexcept nogil
 cdef void slabs_put(
-    slabs_t *slabs, const block_t *slots, int64_t n, bint is_idle
+    slabs_t *slabs, const block_t *slots, int64_t n, int freed
 ) noexcept nogil
 cdef void slabs_collect(slabs_t *slabs) noexcept nogil
 cdef void slabs_trim(slabs_t *slabs) noexcept nogil

@@ -24,7 +24,12 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from pagealloc.core.arena cimport arena_t
-from pagealloc.core.page_heap cimport page_heap_alloc, page_heap_free, page_heap_t
+from pagealloc.core.page_heap cimport (
+    FREED_LONG_AGO,
+    page_heap_alloc,
+    page_heap_free,
+    page_heap_t,
+)
 from pagealloc.core.page_map cimport block_t, page_map_arena
 from pagealloc.core.page_run cimport RUN_SLAB
 from pagealloc.core.size_class cimport SLAB_BYTES
@@ -105,11 +110,11 @@ cdef slab_t *new_slab(slabs_t *slabs, bint may_grow, int *error) noexcept nogil:
     return slab
 
 
-cdef void drop_slab(slabs_t *slabs, slab_t *slab, bint is_idle) noexcept nogil:
+cdef void drop_slab(slabs_t *slabs, slab_t *slab, int freed) noexcept nogil:
     """Give a wholly free slab's run back."""
     cdef block_t block
     block.address = slab.run.address
-    page_heap_free(slabs.pages, &block, 1, is_idle)
+    page_heap_free(slabs.pages, &block, 1, freed)
     slab.run = NULL
     slab.next = slabs.unused
     slabs.unused = slab
@@ -190,9 +195,9 @@ cdef slab_t *slab_of(const slabs_t *slabs, const char *slot) noexcept nogil:
 
 
 cdef void slabs_put(
-    slabs_t *slabs, const block_t *slots, int64_t n, bint is_idle
+    slabs_t *slabs, const block_t *slots, int64_t n, int freed
 ) noexcept nogil:
-    """Take back slots that `slabs_take` gave; `is_idle` as for page_heap_free."""
+    """Take back slots that `slabs_take` gave; `freed` as for page_heap_free."""
     cdef size_t page_bytes = slabs.pages.page_bytes
     cdef size_t offset
     cdef uint32_t i
@@ -215,7 +220,7 @@ cdef void slabs_put(
                 slabs.empty = slab
                 slabs.empty_is_victim = False
             else:
-                drop_slab(slabs, slab, is_idle)
+                drop_slab(slabs, slab, freed)
     slabs.n_taken -= n
 
 
@@ -229,7 +234,7 @@ cdef void slabs_collect(slabs_t *slabs) noexcept nogil:
 cdef void slabs_trim(slabs_t *slabs) noexcept nogil:
     """Give the kept empty slab back to the page heap."""
     if slabs.empty != NULL:
-        drop_slab(slabs, slabs.empty, True)
+        drop_slab(slabs, slabs.empty, FREED_LONG_AGO)
         slabs.empty = NULL
 
 
