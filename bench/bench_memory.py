@@ -84,7 +84,7 @@ def fill_rows(effort: Effort) -> list[Row]:
     """Return lines 8: time and page faults of a first touch."""
     answer = in_process("fill", effort.n_rounds, effort.fill_bytes)
     ours, base = answer["ours"], answer["base pages"]
-    work = f"first touch of {effort.fill_bytes // MIB} MiB ({answer['backing']})"
+    work = f"prefault and fill {effort.fill_bytes // MIB} MiB ({answer['backing']})"
     ms, base_ms = ([ns / 1e6 for ns in case["ns"]] for case in (ours, base))
     time_ratio = median_ratio(ms, base_ms)
     faults, base_faults = max(ours["faults"]), min(base["faults"])

@@ -5,9 +5,6 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 from pagealloc.core.backing cimport placement_t
 from pagealloc.core.page_run cimport run_t
 
-cdef enum:
-    NEVER_DUE = -1              # a piece's `freed_at`: kept backed until somebody frees into it
-
 cdef struct arena_t:
     char *address
     size_t nbytes               # reserved

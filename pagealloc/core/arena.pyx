@@ -92,17 +92,14 @@ cdef arena_t *arena_new(
         arena.piece_pages = arena.granule_pages
     arena.n_pieces = (arena.n_pages + arena.piece_pages - 1) // arena.piece_pages
     # Mapped, not malloced: these tables are long and mostly never touched.
-    arena.run_of_page = <run_t **>os_reserve(pages_table_bytes(arena), page_bytes)
-    arena.committed = <uint64_t *>os_reserve(bits_bytes(arena, arena.n_pages), page_bytes)
-    arena.split = <uint64_t *>os_reserve(bits_bytes(arena, n_granules(arena)), page_bytes)
-    arena.freed_at = <int32_t *>os_reserve(ticks_bytes(arena), page_bytes)
-    if (
-        arena.run_of_page == NULL or arena.committed == NULL or arena.split == NULL
-        or arena.freed_at == NULL
-    ):
+    arena.committed = <uint64_t *>os_reserve(tables_bytes(arena), page_bytes)
+    if arena.committed == NULL:
         error[0] = errno
         arena_abandon(arena)
         return NULL
+    arena.split = arena.committed + n_words(arena.n_pages)
+    arena.freed_at = <int32_t *>(arena.split + n_words(n_granules(arena)))
+    arena.run_of_page = <run_t **>(arena.freed_at + even(arena.n_pieces))
     if arena.achieved_backing == BACKING_HUGETLB:
         arena_commit(arena, arena.address, <int64_t>arena.nbytes)
     error[0] = 0
@@ -113,28 +110,28 @@ cdef inline int64_t n_granules(const arena_t *arena) noexcept nogil:
     return arena.n_pages // arena.granule_pages
 
 
-cdef inline size_t pages_table_bytes(const arena_t *arena) noexcept nogil:
-    return round_up(<size_t>arena.n_pages * sizeof(run_t *), arena.page_bytes)
+cdef inline int64_t n_words(int64_t n_bits) noexcept nogil:
+    return (n_bits + 63) // 64
 
 
-cdef inline size_t bits_bytes(const arena_t *arena, int64_t n_bits) noexcept nogil:
-    return round_up(<size_t>(n_bits + 63) // 64 * sizeof(uint64_t), arena.page_bytes)
+cdef inline int64_t even(int64_t n) noexcept nogil:
+    return n + (n & 1)
 
 
-cdef inline size_t ticks_bytes(const arena_t *arena) noexcept nogil:
-    return round_up(<size_t>arena.n_pieces * sizeof(int32_t), arena.page_bytes)
+cdef inline size_t tables_bytes(const arena_t *arena) noexcept nogil:
+    """All tables, one behind the other in one mapping, the shorter ones first."""
+    return round_up(
+        <size_t>(n_words(arena.n_pages) + n_words(n_granules(arena))) * sizeof(uint64_t)
+        + <size_t>even(arena.n_pieces) * sizeof(int32_t)
+        + <size_t>arena.n_pages * sizeof(run_t *),
+        arena.page_bytes
+    )
 
 
 cdef void arena_forget(arena_t *arena) noexcept nogil:
     """Give up the tables of an arena whose memory is gone, or another's."""
-    if arena.run_of_page != NULL:
-        os_abandon(arena.run_of_page, pages_table_bytes(arena))
     if arena.committed != NULL:
-        os_abandon(arena.committed, bits_bytes(arena, arena.n_pages))
-    if arena.split != NULL:
-        os_abandon(arena.split, bits_bytes(arena, n_granules(arena)))
-    if arena.freed_at != NULL:
-        os_abandon(arena.freed_at, ticks_bytes(arena))
+        os_abandon(arena.committed, tables_bytes(arena))
     free(arena)
 
 
@@ -223,9 +220,11 @@ cdef int64_t arena_missing_pages(
 cdef bint arena_commit(arena_t *arena, const char *address, int64_t nbytes) noexcept nogil:
     """Mark the range as about to be used; true if all of it is fresh, hence still zero."""
     cdef int64_t first, end, n_committed, word
+    cdef uint64_t mask
     cdef bint is_fresh
     touched_pages(arena, address, nbytes, &first, &end)
-    n_committed = count_bits(arena.committed, first, end)
+    # Bits of a new arena are written and not read before: a read is a page fault of its own.
+    n_committed = count_bits(arena.committed, first, end) if arena.n_committed else 0
     if n_committed == end - first:
         return False
     is_fresh = n_committed == 0 or count_bits(
@@ -235,7 +234,8 @@ cdef bint arena_commit(arena_t *arena, const char *address, int64_t nbytes) noex
     if arena.collapses:
         collapse_missing(arena, first, end)
     for word in range(first >> 6, ((end - 1) >> 6) + 1):
-        arena.committed[word] |= word_mask(word, first, end)
+        mask = word_mask(word, first, end)
+        arena.committed[word] = mask if mask == ~<uint64_t>0 else arena.committed[word] | mask
     arena.n_committed += end - first - n_committed
     return is_fresh
 
