@@ -87,7 +87,7 @@ def fill_rows(effort: Effort) -> list[Row]:
     work = f"prefault and fill {effort.fill_bytes // MIB} MiB ({answer['backing']})"
     ms, base_ms = ([ns / 1e6 for ns in case["ns"]] for case in (ours, base))
     time_ratio = median_ratio(ms, base_ms)
-    faults, base_faults = max(ours["faults"]), min(base["faults"])
+    faults, base_faults = (statistics.median(case["faults"]) for case in (ours, base))
     fault_ratio = faults / base_faults
     return [
         Row(
@@ -102,7 +102,7 @@ def fill_rows(effort: Effort) -> list[Row]:
         ),
         Row(
             "8.faults",
-            f"{work}, the most of all rounds",
+            f"{work}, median of the rounds",
             faults,
             {"base pages": base_faults},
             "faults",

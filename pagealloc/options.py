@@ -46,6 +46,20 @@ OPTIONS = {
             "Hard limit of the default allocator's memory; unset: none.",
         ),
         Option(
+            "purge_after_s",
+            "0.5",
+            "seconds, or never",
+            "PAGEALLOC_PURGE_AFTER_S",
+            "How long memory of the default allocator lies idle before it goes back by itself.",
+        ),
+        Option(
+            "trace",
+            "0",
+            "0 or 1",
+            "PAGEALLOC_TRACE",
+            "1: a line on stderr for each arena reserved, purge and collection, of all allocators.",
+        ),
+        Option(
             "page_bytes",
             None,
             "bytes",

@@ -22,6 +22,7 @@ this by reading the table below)::
     3  page_map         address -> chunk, its classes and states, for the whole process
     3  page_run         descriptors of page runs; the free ones as a best-fit tree
     4  backing          the ladder hugetlb, THP, base; which NUMA node
+    5  trace            lines on what is taken from the kernel and given back
     5  arena            one reserved range, and what of it is committed
     4  block_map        where the state of a block is
     6  free_runs        which pages belong to which run; fit, carve, merge

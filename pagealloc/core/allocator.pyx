@@ -353,14 +353,16 @@ _default_allocators = {}    # at most one; a dict, for its setdefault() is atomi
 def default_allocator() -> PageAllocator:
     """Return the process's shared allocator, made at the first call.
 
-    Its settings are the options ``backing``, ``arena_bytes`` and ``budget_bytes`` (see
-    `pagealloc.options`), which environment variables can set.  Thread-safe.
+    Its settings are the options ``backing``, ``arena_bytes``, ``budget_bytes`` and
+    ``purge_after_s`` (see `pagealloc.options`), which environment variables can set.  Thread-safe.
     """
     # No lock: a child forked while another thread holds it would wait forever.
     if not _default_allocators:
+        purge_after_s = option_value("purge_after_s")
         _default_allocators.setdefault("default", PageAllocator(
             backing=option_value("backing"),
             arena_bytes=option_value("arena_bytes"),
             budget_bytes=option_value("budget_bytes"),
+            purge_after_s=None if purge_after_s == "never" else purge_after_s,
         ))
     return _default_allocators["default"]

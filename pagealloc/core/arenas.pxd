@@ -16,6 +16,7 @@ cdef enum:
 cdef struct page_heap_t:
     mutex_t mutex
     page_map_t *map             # the process's; this heap's arenas are entered into it
+    int64_t number              # of the heap, in traces
     void *owner                 # what the map's arenas lead to: the heap_t
     size_t arena_bytes
     size_t page_bytes

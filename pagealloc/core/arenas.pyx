@@ -43,6 +43,7 @@ from pagealloc.core.page_map cimport (
 from pagealloc.core.os_memory cimport os_abandon, os_reserve
 from pagealloc.core.os_pages cimport os_copy, os_guard, os_move_onto
 from pagealloc.core.page_run cimport RUN_FREE, run_t
+from pagealloc.core.trace cimport trace_arena
 
 cdef extern from "poison.h" nogil:
     void poison "pagealloc_poison"(void *address, size_t nbytes)
@@ -81,6 +82,9 @@ cdef arena_t *arenas_add(
     pages.reserved_bytes += <int64_t>arena.nbytes
     pages.committed_bytes += arena.n_committed * <int64_t>arena.page_bytes
     poison(arena.address, arena.nbytes)
+    trace_arena(
+        pages.number, <int64_t>arena.nbytes, arena.achieved_backing, pages.reserved_bytes
+    )
     return arena
 
 

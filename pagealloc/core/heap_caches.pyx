@@ -53,6 +53,7 @@ from pagealloc.core.thread_cache cimport (
     thread_cache_note_conflict,
     thread_cache_t,
 )
+from pagealloc.core.trace cimport trace_collection, trace_is_on, trace_now_ns
 
 cdef enum:
     NO_STATE = 1 << 16
@@ -257,6 +258,8 @@ cdef void heap_collect(heap_t *heap) noexcept nogil:
     """
     cdef thread_cache_t *cache
     cdef thread_cache_t *next_cache
+    cdef int64_t begun_at_ns = trace_now_ns()
+    cdef int64_t idle_bytes_before = heap_idle_bytes(heap) if trace_is_on() else 0, idle_bytes
     cdef int i
     if mutex_trylock(&heap.collect_mutex) != 0:
         return
@@ -277,6 +280,10 @@ cdef void heap_collect(heap_t *heap) noexcept nogil:
         i = next_class(heap, i)
     atomic_add_i64(&heap.n_collections, 1)
     mutex_unlock(&heap.collect_mutex)
+    if trace_is_on():
+        idle_bytes = heap_idle_bytes(heap)
+        if idle_bytes != idle_bytes_before:     # else it would be a line every half second
+            trace_collection(heap.generation, begun_at_ns, idle_bytes_before, idle_bytes)
 
 
 cdef void heap_collect_if_due(heap_t *heap) noexcept nogil:

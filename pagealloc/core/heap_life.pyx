@@ -113,6 +113,7 @@ cdef void enter_registry(heap_t *heap) noexcept nogil:
     mutex_lock(&registry_mutex)
     last_generation += 1
     heap.generation = last_generation
+    heap.pages.number = last_generation
     heap.id = MAX_HEAPS if heap.guard else 0
     while heap.id < MAX_HEAPS and heap_of_id[heap.id] != NULL:
         heap.id += 1

@@ -32,6 +32,7 @@ from pagealloc.core.mutex cimport mutex_lock, mutex_unlock
 from pagealloc.core.os_memory cimport MADV_COLD, os_advise
 from pagealloc.core.os_pages cimport os_n_huge_pages_split
 from pagealloc.core.page_run cimport RUN_FREE, run_t
+from pagealloc.core.trace cimport trace_now_ns, trace_purge
 
 cdef enum:
     SPARSE_SHARE = 32       # a huge page with at least one page in so many free is worth a split
@@ -108,7 +109,7 @@ cdef int64_t page_heap_purge_idle(page_heap_t *pages) noexcept nogil:
 
     An arena that holds nothing any more is unmapped.  Returns the physical bytes that went back.
     """
-    cdef int64_t purged_bytes = 0
+    cdef int64_t purged_bytes = 0, begun_at_ns = trace_now_ns()
     cdef place_t place
     cdef arena_t *arena
     cdef int32_t tick
@@ -133,6 +134,11 @@ cdef int64_t page_heap_purge_idle(page_heap_t *pages) noexcept nogil:
             place.piece = 0
         mutex_unlock(&pages.mutex)
         mutex_lock(&pages.mutex)
+    if purged_bytes:
+        trace_purge(
+            pages.number, "purge", purged_bytes, begun_at_ns, pages.committed_bytes,
+            pages.reserved_bytes
+        )
     mutex_unlock(&pages.mutex)
     return purged_bytes
 
@@ -197,6 +203,7 @@ cdef int64_t page_heap_end_trim(page_heap_t *pages, int64_t begun_at_bytes) noex
     Returns the physical bytes that went back since the trim began, also by what others freed.
     """
     cdef int64_t n_splits_before = os_n_huge_pages_split(), n_seen, unseen_bytes = 0, purged_bytes
+    cdef int64_t begun_at_ns = trace_now_ns()
     cdef splits_t splits
     cdef place_t place
     cdef arena_t *arena
@@ -226,5 +233,8 @@ cdef int64_t page_heap_end_trim(page_heap_t *pages, int64_t begun_at_bytes) noex
     pages.n_trims -= 1
     pages.purged_bytes -= unseen_bytes
     purged_bytes = pages.purged_bytes - begun_at_bytes
+    trace_purge(
+        pages.number, "trim", purged_bytes, begun_at_ns, pages.committed_bytes, pages.reserved_bytes
+    )
     mutex_unlock(&pages.mutex)
     return purged_bytes

@@ -151,12 +151,21 @@ def test_the_readme_s_lines_print_what_it_shows(tmp_path):
     assert run(sys.executable, "-c", example[1], cwd=tmp_path) == example[2]
 
 
+def examples_of(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
 def test_the_quickstart_s_lines_run(tmp_path):
-    page = (ROOT / "docs/quickstart.md").read_text()
-    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    examples = examples_of("quickstart.md")
     assert len(examples) == 3
     for example in examples:
         run(sys.executable, "-c", example, cwd=tmp_path)
+
+
+def test_the_lines_on_memory_run(tmp_path):
+    printed = run(sys.executable, "-c", "\n".join(examples_of("memory.md")), cwd=tmp_path)
+    assert "bytes went back" in printed
+    assert "8388608 of 8388608" in printed
 
 
 @pytest.fixture(scope="module")
