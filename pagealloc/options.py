@@ -60,6 +60,13 @@ OPTIONS = {
             "1: a line on stderr for each arena reserved, purge and collection, of all allocators.",
         ),
         Option(
+            "leaks",
+            "0",
+            "0, or one allocation in how many",
+            "PAGEALLOC_LEAKS",
+            "Report on stderr at exit what is live, and where it was allocated; 1: all of it.",
+        ),
+        Option(
             "page_bytes",
             None,
             "bytes",

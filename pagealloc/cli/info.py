@@ -172,11 +172,12 @@ def _hugetlb_rows(report: SystemReport) -> Iterator[Row]:
 def _memory_rows(report: SystemReport) -> Iterator[Row]:
     yield Row("total", _known_bytes(report.total_bytes))
     yield Row("available", _known_bytes(report.available_bytes))
+    only = " (the only one: numa_node= changes nothing)" if len(report.numa_nodes) == 1 else ""
     for node in report.numa_nodes:
         yield Row(
             f"NUMA node {node.node}",
             f"{_known_bytes(node.total_bytes)}, {_known_bytes(node.free_bytes)} free, "
-            f"CPUs {node.cpus or 'none'}",
+            f"CPUs {node.cpus or 'none'}{only}",
         )
     group = report.cgroup
     if group is None:

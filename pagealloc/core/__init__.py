@@ -8,6 +8,7 @@ this by reading the table below)::
     1  export           filling a Py_buffer with plain bytes
     1  counters         the fields of stats(), listed once
     1  latency_histogram  one latency distribution, as Python sees it
+    1  leaks            blocks that are live at exit, and where they were allocated
     1  size_class       bytes -> size class; pure arithmetic
     1  interval_map     disjoint page ranges that carry a value; pure data structure
     1  item_table       what a pool knows of its items, by address; pure data structure

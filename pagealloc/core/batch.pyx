@@ -23,6 +23,7 @@ from pagealloc.core.heap cimport heap_alloc_many, heap_free_many
 from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.heap_state cimport heap_t
 
+from pagealloc.core.leaks import LEAK_EVERY, note_allocation
 from pagealloc.errors import ClosedError, OutOfMemoryError
 from pagealloc.units import format_bytes
 
@@ -191,10 +192,13 @@ cdef Batch new_batch(Heap heap, size_t nbytes, size_t align_bytes, Py_ssize_t n_
                 )
             if not refused:
                 batch.blocks = blocks
-                return batch
+                break
             heap.relieve(nbytes, align_bytes, error, n_blocks, &n_asked)
     except BaseException:
         free(blocks)
         raise
     finally:
         heap.leave()
+    if LEAK_EVERY:
+        note_allocation(batch, n_blocks)
+    return batch

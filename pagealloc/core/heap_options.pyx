@@ -95,6 +95,15 @@ cdef int checked_node(str name, object node) except -2:
     return node
 
 
+cdef str describe_node(dict settings):
+    """What to say about the NUMA node that memory comes from; empty if none was asked for."""
+    for name, of_several in (("numa_node", ""), ("preferred", "as long as it has memory")):
+        if settings[name] is not None:
+            remark = of_several if len(online_nodes()) > 1 else "the only one"
+            return f"NUMA node {settings[name]}" + (f" ({remark})" if remark else "")
+    return ""
+
+
 cdef size_t hugetlb_page_bytes(object asked, str backing) except 0:
     """Which of the machine's hugetlb pages; None: those of a huge page's usual size."""
     if asked is None:

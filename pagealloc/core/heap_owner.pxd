@@ -11,6 +11,7 @@ cdef class Heap:
     cdef int64_t fork_generation    # of the process n_calls counts for
     cdef object __weakref__
     cdef object n_faults_before     # page faults of the process when this was made
+    cdef str node_text              # for repr(); empty: no NUMA node was asked for
     cdef list pressure_callbacks
     cdef set threads_in_callbacks
     cdef readonly object backing

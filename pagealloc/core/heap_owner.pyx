@@ -38,7 +38,7 @@ from pagealloc.core.heap_caches cimport heap_collect, heap_reclaim, heap_trim
 from pagealloc.core.heap_counts cimport heap_check, heap_counts, heap_counts_t
 from pagealloc.core.heap_latency cimport heap_time_every
 from pagealloc.core.heap_life cimport heap_delete, heap_new
-from pagealloc.core.heap_options cimport read_options
+from pagealloc.core.heap_options cimport describe_node, read_options
 from pagealloc.core.heap_state cimport heap_options_t, heap_t
 from pagealloc.core.heap_stats cimport read_stats
 from pagealloc.core.os_memory cimport os_fork_generation, os_huge_page_bytes, os_page_bytes
@@ -97,12 +97,14 @@ cdef class Heap:
         cdef int64_t timed = checked_time_every(time_every)
         if self.backing is not None:    # also once closed: an ExactClass knows the classes it had
             raise TypeError(f"this {type(self).__name__} is made already: make a new one")
-        read_options(&options, {
+        settings = {
             "backing": backing, "arena_bytes": arena_bytes, "budget_bytes": budget_bytes,
             "purge_after_s": purge_after_s, "huge_page_bytes": huge_page_bytes,
             "numa_node": numa_node, "preferred": preferred, "on_fork": on_fork,
             "zero_on_reuse": zero_on_reuse, "guard": guard,
-        })
+        }
+        read_options(&options, settings)
+        self.node_text = describe_node(settings)
         self.backing = backing
         self.arena_bytes = options.arena_bytes
         self.budget_bytes = None if options.budget_bytes < 0 else options.budget_bytes
@@ -416,7 +418,8 @@ cdef class Heap:
             f"budget {format_bytes(self.budget_bytes)}"
         )
         return (
-            f"<{type(self).__name__} backing={self.backing!r}, {budget}: "
+            f"<{type(self).__name__} backing={self.backing!r}, "
+            f"{self.node_text and self.node_text + ', '}{budget}: "
             f"{counts.n_live} live, "
             f"{format_bytes(counts.committed_bytes)} committed of "
             f"{format_bytes(counts.reserved_bytes)} reserved>"

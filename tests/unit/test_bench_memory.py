@@ -1,6 +1,8 @@
 """The memory benchmark's lines, with little work: what they count is judged, and never a time."""
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from benches import import_bench
@@ -42,12 +44,27 @@ def within(n_attempts, find):
 
 
 @needs_physical_bytes
-def test_idle_memory_is_seen_from_outside():
+def test_idle_memory_goes_back(monkeypatch):
     if shutil.which("gcc") is None:
         pytest.skip("the driver needs gcc")
     with workers.compile_drivers() as drivers, workers.workers(drivers, peers=()) as everyone:
         (ours,) = everyone.values()
-        assert within(4, lambda: bench_memory.share_kept(ours, 64 * MIB) < 0.3)
+        smaps = Path(f"/proc/{ours.process.pid}/smaps_rollup")
+
+        def own_bytes():
+            """What is the worker's alone, whatever others on this machine do meanwhile."""
+            return int(re.search(r"Private_Dirty: +(\d+) kB", smaps.read_text())[1]) << 10
+
+        monkeypatch.setattr(physical, "used_bytes", own_bytes)
+        assert within(3, lambda: bench_memory.share_kept(ours, 64 * MIB) < 0.2)
+
+
+@needs_physical_bytes
+def test_what_is_used_is_seen_from_outside():
+    if shutil.which("gcc") is None:
+        pytest.skip("the driver needs gcc")
+    with workers.compile_drivers() as drivers, workers.workers(drivers, peers=()) as everyone:
+        (ours,) = everyone.values()
 
         def is_seen():
             before = physical.used_bytes()
@@ -57,7 +74,7 @@ def test_idle_memory_is_seen_from_outside():
             ours.ask("retire")
             return 32 * MIB < taken_bytes < 128 * MIB
 
-        assert within(4, is_seen)
+        assert within(10, is_seen)
 
 
 @needs_physical_bytes
@@ -69,7 +86,7 @@ def test_sparse_blocks():
         assert not any(row.note for row in rows)
         return all(row.ours < row.peers["before"] / 2 for row in rows)
 
-    assert within(3, is_given_back)
+    assert within(5, is_given_back)
 
 
 def test_a_limit():

@@ -118,6 +118,18 @@ def test_memory_comes_from_the_node_asked_for(backing, setting):
             buffer.close()
 
 
+def test_what_is_said_of_a_node():
+    with PageAllocator(numa_node=nodes()[0]) as bound, PageAllocator(preferred=nodes()[0]) as near:
+        if len(nodes()) == 1:
+            assert f"NUMA node {nodes()[0]} (the only one), no budget" in repr(bound)
+            assert f"NUMA node {nodes()[0]} (the only one), no budget" in repr(near)
+        else:
+            assert f"NUMA node {nodes()[0]}, no budget" in repr(bound)
+            assert f"NUMA node {nodes()[0]} (as long as it has memory)" in repr(near)
+    with PageAllocator() as anywhere:
+        assert "NUMA" not in repr(anywhere)
+
+
 def test_a_node_that_is_not_there():
     with pytest.raises(ValueError, match=rf"numa_node=77: this machine has {len(nodes())} NUMA"):
         PageAllocator(numa_node=77)
