@@ -23,7 +23,7 @@ from pagealloc.core.heap cimport heap_alloc_many, heap_free_many
 from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.heap_state cimport heap_t
 
-from pagealloc.core.leaks import LEAK_EVERY, note_allocation
+from pagealloc.core import leaks
 from pagealloc.errors import ClosedError, OutOfMemoryError
 from pagealloc.units import format_bytes
 
@@ -199,6 +199,6 @@ cdef Batch new_batch(Heap heap, size_t nbytes, size_t align_bytes, Py_ssize_t n_
         raise
     finally:
         heap.leave()
-    if LEAK_EVERY:
-        note_allocation(batch, n_blocks)
+    if leaks.LEAK_EVERY:
+        leaks.note_allocation(batch, n_blocks)
     return batch

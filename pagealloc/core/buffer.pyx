@@ -34,11 +34,11 @@ from pagealloc.core.heap_state cimport heap_t
 from pagealloc.core.os_memory cimport os_real_page_bytes, os_resident_bytes
 from pagealloc.core.page_heap cimport FREED
 
-from pagealloc.core.leaks import LEAK_EVERY, note_allocation
+from pagealloc.core import leaks
 from pagealloc.errors import ClosedError
 from pagealloc.units import format_bytes, parse_align, parse_bytes
 
-cdef bint IS_NOTED = LEAK_EVERY > 0
+cdef bint IS_NOTED = leaks.LEAK_EVERY > 0
 
 
 @cython.final
@@ -287,7 +287,7 @@ cdef Buffer new_buffer(Heap heap, size_t nbytes, size_t align_bytes):
     if buffer.memory == NULL:
         fill_slow(buffer, heap, nbytes, align_bytes, 0)
     if IS_NOTED:
-        note_allocation(buffer, 1)
+        leaks.note_allocation(buffer, 1)
     return buffer
 
 
@@ -301,7 +301,7 @@ cdef Buffer new_buffer_of_class(Heap heap, size_t nbytes, size_t slot_class):
     if buffer.memory == NULL:
         fill_slow(buffer, heap, nbytes, 0, slot_class)
     if IS_NOTED:
-        note_allocation(buffer, 1)
+        leaks.note_allocation(buffer, 1)
     return buffer
 
 
