@@ -53,8 +53,10 @@ cdef bint is_huge(char *address, size_t huge_bytes) noexcept nogil:
 
 cdef void backing_collapse(char *address, size_t huge_bytes) noexcept nogil:
     """Back an untouched huge page's range by one, if the kernel has one: zero, as before."""
-    (<volatile char *>address)[0] = 0       # of an empty range it makes nothing
-    os_advise(address, huge_bytes, MADV_COLLAPSE)
+    # Of an empty range it makes nothing, hence the one page; populated by the kernel, for it may be
+    # a neighbour's that is free, and poisoned.
+    if os_populate_write(address, os_page_bytes()) == 0:
+        os_advise(address, huge_bytes, MADV_COLLAPSE)
 
 
 cdef char *reserve_hugetlb(
