@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -35,6 +36,8 @@ def put(address):
 
 
 def run(program, *arguments):
+    if os.environ.get("PAGEALLOC_SANITIZE") == "address":
+        pytest.skip("AddressSanitizer notices before the processor does")
     return subprocess.run(
         [sys.executable, "-P", "-c", HEAD + textwrap.dedent(program), *arguments],
         capture_output=True,

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ def test_a_large_block_moves_by_its_page_tables():
             n_faults = allocator.stats().n_faults
             buffer.resize(nbytes)
             assert call_counts()["mremap"] == before + 1
-            assert allocator.stats().n_faults - n_faults < 64 * MIB // PAGE_BYTES // 8
+            if "PAGEALLOC_SANITIZE" not in os.environ:  # whose own memory is touched as well
+                assert allocator.stats().n_faults - n_faults < 64 * MIB // PAGE_BYTES // 8
             assert allocator.stats().live_bytes == -(-nbytes // PAGE_BYTES) * PAGE_BYTES
             allocator.check()
         assert holds(buffer, 64 * MIB)
