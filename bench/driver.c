@@ -3,8 +3,9 @@
  * Purpose: time the same work on malloc (an executable, whatever library is preloaded) and on
  *     pagealloc (a shared library with -DBENCH_OURS, loaded by bench/worker.py), so that both
  *     differ in two calls only: take and give, in blocks.h.
- * Structure: blocks.h -> pairs.h, churn.h, retained.h: the works -> serve(): a command a line on stdin, a line
- *     of JSON on stdout.  A work first warms up, then measures, then frees everything it has.
+ * Structure: blocks.h -> pairs.h, churn.h, retained.h: the works -> serve(): a command a line on
+ *     stdin, a line of JSON on stdout.  A work first warms up, then measures, then frees everything
+ *     it has; only the three of retained.h are parts of one.
  * Locking: none.
  * Units: nanoseconds, bytes.
  */
