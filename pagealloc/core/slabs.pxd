@@ -6,11 +6,15 @@ from pagealloc.core.page_heap cimport page_heap_t
 from pagealloc.core.page_map cimport block_t
 from pagealloc.core.page_run cimport run_t
 
+cdef enum:
+    N_FILLS = 8             # lists of partial slabs, by how full they are
+
 cdef struct slab_t:
     run_t *run
     slab_t *next            # among the partial slabs, or the unused descriptors
     slab_t *previous
     uint32_t n_free
+    uint32_t fill           # which list it is in, if it is partial
     uint32_t first_word     # no bit is set in the words before it
     uint64_t *free_bits     # a bit a slot: it is here, not in a magazine, a list, or live
 
@@ -21,7 +25,7 @@ cdef struct slabs_t:
     uint32_t n_slots        # of a slab
     uint16_t size_class
     int64_t slab_pages
-    slab_t *partial         # slabs with a free slot and a taken one; the one freed into first
+    slab_t *partial[N_FILLS]    # slabs with a free slot and a taken one, the fullest first
     slab_t *empty           # at most one wholly free slab, kept so that a lone slot is cheap
     bint empty_is_victim    # it was kept during the whole of a collection's time already
     slab_t *unused          # descriptors; never given back while the heap lives

@@ -1,10 +1,11 @@
 """Slots of one size.
 
 Purpose
-    Cut page runs into equal slots, hand them out lowest slot first, take wholly free slabs back.
+    Cut page runs into equal slots, hand out those of the fullest slab, lowest first, so that the
+    emptier ones run empty; take wholly free slabs back.
 Structure
-    slabs --partial--> slab <-> slab <-> ...      slabs with a free slot and a taken one
-          --empty----> slab                       at most one
+    slabs --partial[fill]--> slab <-> slab <-> ...    slabs with a free slot and a taken one
+          --empty----------> slab                     at most one
     slab:  run  | free_bits 0110...1      all outside the slots themselves
 Invariants
     a slot never straddles a page: slot i starts at page i // n_slots_per_page of its run, at a
@@ -121,12 +122,27 @@ cdef void drop_slab(slabs_t *slabs, slab_t *slab, int freed) noexcept nogil:
     slabs.n_slabs -= 1
 
 
+cdef void keep_or_drop(slabs_t *slabs, slab_t *slab, int freed) noexcept nogil:
+    """Keep a slab that has run empty, if none is kept."""
+    if slabs.empty == NULL:
+        slabs.empty = slab
+        slabs.empty_is_victim = False
+    else:
+        drop_slab(slabs, slab, freed)
+
+
+cdef inline uint32_t fill_of(const slabs_t *slabs, const slab_t *slab) noexcept nogil:
+    """Which list is a partial slab's: 0 for those with the fewest free slots."""
+    return (slab.n_free * N_FILLS - 1) // slabs.n_slots
+
+
 cdef void link_partial(slabs_t *slabs, slab_t *slab) noexcept nogil:
+    slab.fill = fill_of(slabs, slab)
     slab.previous = NULL
-    slab.next = slabs.partial
+    slab.next = slabs.partial[slab.fill]
     if slab.next != NULL:
         slab.next.previous = slab
-    slabs.partial = slab
+    slabs.partial[slab.fill] = slab
 
 
 cdef void unlink_partial(slabs_t *slabs, slab_t *slab) noexcept nogil:
@@ -135,19 +151,21 @@ cdef void unlink_partial(slabs_t *slabs, slab_t *slab) noexcept nogil:
     if slab.previous != NULL:
         slab.previous.next = slab.next
     else:
-        slabs.partial = slab.next
+        slabs.partial[slab.fill] = slab.next
 
 
-cdef slab_t *take_empty(slabs_t *slabs, bint may_grow, int *error) noexcept nogil:
-    """A wholly free slab, kept or new, put among the partial ones."""
-    cdef slab_t *slab = slabs.empty
-    if slab != NULL:
-        slabs.empty = NULL
-    else:
-        slab = new_slab(slabs, may_grow, error)
-    if slab != NULL:
-        link_partial(slabs, slab)
-    return slab
+cdef slab_t *take_slab(slabs_t *slabs, bint may_grow, int *error) noexcept nogil:
+    """The fullest slab that has a free slot, or else the kept or a new one; in no list."""
+    cdef slab_t *slab
+    cdef int fill
+    for fill in range(N_FILLS):
+        slab = slabs.partial[fill]
+        if slab != NULL:
+            unlink_partial(slabs, slab)
+            return slab
+    slab = slabs.empty
+    slabs.empty = NULL
+    return slab if slab != NULL else new_slab(slabs, may_grow, error)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -160,14 +178,13 @@ cdef int64_t slabs_take(
 
     0 with a code in `error` if none can be had.
     """
-    cdef slab_t *slab = slabs.partial
+    cdef slab_t *slab
     cdef uint32_t word, i
     cdef int64_t n_taken = 0
     error[0] = 0
+    slab = take_slab(slabs, may_grow, error)
     if slab == NULL:
-        slab = take_empty(slabs, may_grow, error)
-        if slab == NULL:
-            return 0
+        return 0
     word = slab.first_word
     while n_taken < n and slab.n_free:
         while slab.free_bits[word] == 0:
@@ -178,8 +195,8 @@ cdef int64_t slabs_take(
         slots[n_taken].address = slot_address(slabs, slab, i)
         n_taken += 1
     slab.first_word = word
-    if slab.n_free == 0:
-        unlink_partial(slabs, slab)
+    if slab.n_free:
+        link_partial(slabs, slab)
     slabs.n_taken += n_taken
     return n_taken
 
@@ -212,15 +229,14 @@ cdef void slabs_put(
         if i // 64 < slab.first_word:
             slab.first_word = i // 64
         slab.n_free += 1
-        if slab.n_free == 1:
+        if slab.n_free == 1:            # never all: a slab has two slots at least
             link_partial(slabs, slab)
-        if slab.n_free == slabs.n_slots:
+        elif slab.n_free == slabs.n_slots:
             unlink_partial(slabs, slab)
-            if slabs.empty == NULL:
-                slabs.empty = slab
-                slabs.empty_is_victim = False
-            else:
-                drop_slab(slabs, slab, freed)
+            keep_or_drop(slabs, slab, freed)
+        elif fill_of(slabs, slab) != slab.fill:
+            unlink_partial(slabs, slab)
+            link_partial(slabs, slab)
     slabs.n_taken -= n
 
 
@@ -258,15 +274,19 @@ cdef const char *slabs_check(slabs_t *slabs) noexcept nogil:
     """NULL, or which invariant is broken."""
     cdef const char *broken = NULL
     cdef int64_t n_taken = 0, n_slabs = 0, n_full
-    cdef uint32_t n_used = 0
-    cdef slab_t *slab = slabs.partial
-    while slab != NULL and broken == NULL:
-        broken = check_slab(slabs, slab, &n_used)
-        if broken == NULL and (n_used == 0 or n_used == slabs.n_slots):
-            broken = "a partial slab is empty or full"
-        n_taken += n_used
-        n_slabs += 1
-        slab = slab.next
+    cdef uint32_t n_used = 0, fill
+    cdef slab_t *slab
+    for fill in range(N_FILLS):
+        slab = slabs.partial[fill]
+        while slab != NULL and broken == NULL:
+            broken = check_slab(slabs, slab, &n_used)
+            if broken == NULL and (n_used == 0 or n_used == slabs.n_slots):
+                broken = "a partial slab is empty or full"
+            if broken == NULL and (slab.fill != fill or fill_of(slabs, slab) != fill):
+                broken = "a partial slab is not in the list of those as full"
+            n_taken += n_used
+            n_slabs += 1
+            slab = slab.next
     if broken == NULL and slabs.empty != NULL:
         broken = check_slab(slabs, slabs.empty, &n_used)
         if broken == NULL and n_used:
