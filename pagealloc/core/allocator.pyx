@@ -86,7 +86,7 @@ cdef class PageAllocator(Heap):
         or refused.  ``stats().arenas`` tells what was achieved.
     arena_bytes : int or str
         How much address space is reserved at a time; rounded up to 2 MiB.  A request above half
-        of it gets an arena of its own.
+        of it gets an arena of its own.  Where so much is refused, half of it is tried, and so on.
     budget_bytes : int or str, optional
         Hard limit of what is handed out or kept for reuse; None: no limit.  ``"auto"``: what the
         machine and the memory cgroups of this process have left now.

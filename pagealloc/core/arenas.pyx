@@ -27,7 +27,13 @@ from pagealloc.core.arena cimport (
     arena_purge,
     arena_t,
 )
-from pagealloc.core.backing cimport BACKING_BASE, BACKING_HUGETLB
+from pagealloc.core.backing cimport (
+    BACKING_BASE,
+    BACKING_HUGETLB,
+    ERROR_BUDGET,
+    placement_t,
+    round_up,
+)
 from pagealloc.core.free_runs cimport (
     free_runs_add_arena,
     free_runs_merge,
@@ -54,7 +60,17 @@ cdef arena_t *arenas_add(
     page_heap_t *pages, size_t nbytes, size_t align_bytes, bint dedicated, int *error
 ) noexcept nogil:
     """Reserve an arena and enter it as one free run (of `nbytes` exactly if it is dedicated)."""
-    cdef arena_t *arena = arena_new(&pages.placement, nbytes, align_bytes, error)
+    cdef arena_t *arena
+    cdef placement_t placement = pages.placement
+    if (
+        placement.ladder & BACKING_HUGETLB and 0 <= pages.budget_bytes
+        < pages.committed_bytes + <int64_t>round_up(nbytes, placement.hugetlb_bytes)
+    ):
+        placement.ladder &= ~BACKING_HUGETLB    # which commits all of an arena when it is made
+        if placement.ladder == 0:
+            error[0] = ERROR_BUDGET
+            return NULL
+    arena = arena_new(&placement, nbytes, align_bytes, error)
     if arena == NULL:
         return NULL
     arena.dedicated = dedicated

@@ -34,7 +34,7 @@ from pagealloc.core.arenas cimport (
     mapped_bytes,
     page_heap_t,
 )
-from pagealloc.core.backing cimport ERROR_BUDGET, ERROR_GROWTH, placement_t
+from pagealloc.core.backing cimport ERROR_BUDGET, ERROR_GROWTH, placement_t, round_up
 from pagealloc.core.free_runs cimport (
     aligned_start,
     free_runs_carve,
@@ -49,8 +49,10 @@ from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_u
 from pagealloc.core.os_pages cimport os_huge_bytes
 from pagealloc.core.page_budget cimport (
     page_budget_allows,
+    page_budget_any,
     page_budget_commit,
     page_budget_find,
+    page_budget_purge,
 )
 from pagealloc.core.page_map cimport CHUNK_BYTES, block_t, page_map_arena, page_map_t
 from pagealloc.core.page_run cimport RUN_LIVE, RUN_SLAB, run_t, run_tree_check
@@ -111,6 +113,29 @@ cdef bint page_heap_has_own_arena(
     return <size_t>n_pages * pages.page_bytes > pages.arena_bytes // 2 or align_bytes > CHUNK_BYTES
 
 
+cdef arena_t *grow(
+    page_heap_t *pages, size_t nbytes, size_t align_bytes, bint dedicated, int *error
+) noexcept nogil:
+    """A new arena for a request: of its own, or else a shorter one where a full one is refused."""
+    cdef size_t arena_bytes = nbytes if dedicated else pages.arena_bytes
+    cdef int error_of_shorter = 0
+    cdef arena_t *arena = arenas_add(pages, arena_bytes, align_bytes, dedicated, error)
+    if arena != NULL or (error[0] != ENOMEM and error[0] != ERROR_BUDGET):
+        return arena
+    while arena == NULL and arena_bytes > CHUNK_BYTES and arena_bytes // 2 >= nbytes:
+        arena_bytes //= 2
+        arena = arenas_add(pages, arena_bytes, align_bytes, dedicated, &error_of_shorter)
+    if arena == NULL and error[0] == ERROR_BUDGET:
+        page_budget_purge(
+            pages,
+            pages.budget_bytes - <int64_t>round_up(nbytes, pages.placement.hugetlb_bytes), NULL
+        )
+        arena = arenas_add(pages, nbytes, align_bytes, dedicated, &error_of_shorter)
+    if arena != NULL:
+        error[0] = 0
+    return arena
+
+
 cdef run_t *page_heap_alloc(
     page_heap_t *pages, int64_t n_pages, size_t align_bytes, uint16_t size_class, void *slab,
     bint may_grow, bint *fresh, int *error
@@ -136,15 +161,16 @@ cdef run_t *page_heap_alloc(
         if run == NULL and not may_grow:
             error[0] = ERROR_GROWTH
         elif run == NULL:
-            grown = arenas_add(
-                pages, nbytes if dedicated else pages.arena_bytes, align_bytes, dedicated, error
-            )
+            grown = grow(pages, nbytes, align_bytes, dedicated, error)
             if grown != NULL:
                 run = grown.run_of_page[0]
+            elif error[0] == ERROR_BUDGET:
+                run = page_budget_any(pages, n_pages, align_bytes)
+                error[0] = 0 if run != NULL else ERROR_BUDGET
     if run != NULL and not page_budget_allows(
         pages, run, aligned_start(run, align_bytes), <int64_t>nbytes
     ):
-        run = page_budget_find(pages, run, n_pages, align_bytes)
+        run = page_budget_find(pages, run, &grown, n_pages, align_bytes)
         if run == NULL:
             error[0] = ERROR_BUDGET
     if run != NULL:

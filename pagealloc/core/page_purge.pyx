@@ -12,7 +12,8 @@ Invariants
     a huge page is split by MADV_COLD on a page of it that is in use, once its free pages are gone;
     what goes back that way counts only as far as the kernel has counted a split
 Locking
-    Every function here takes the page heap's mutex, and lets go of it between two pieces.
+    Every function here takes the page heap's mutex, and lets go of it between two pieces; but for
+    page_purge_split, whose caller holds it.
 Units
     Pages within; bytes in answers; ticks of the purger.
 """
@@ -176,25 +177,28 @@ cdef void find_sparse(
         page = run_end
 
 
-cdef void trim_piece(
-    page_heap_t *pages, arena_t *arena, int64_t piece, splits_t *splits
+cdef int64_t page_purge_split(
+    page_heap_t *pages, arena_t *arena, int64_t piece
 ) noexcept nogil:
-    """Give back what is free in a piece, splitting its huge page if that is sparse."""
+    """Split a piece's huge page and give back what is free in it; the physical bytes of that.
+
+    0 if it is no huge page, or none of which enough is free.
+    """
     cdef int64_t n_free = 0, live_page = -1, purged_bytes
-    cdef bint is_split_now = False
-    if arena_may_split(arena, piece * arena.piece_pages):
-        find_sparse(arena, piece, &n_free, &live_page)
-        is_split_now = (
-            live_page >= 0 and n_free * SPARSE_SHARE >= arena.piece_pages
-            and arena_split(arena, piece * arena.piece_pages)
-        )
+    if not arena_may_split(arena, piece * arena.piece_pages):
+        return 0
+    find_sparse(arena, piece, &n_free, &live_page)
+    if (
+        live_page < 0 or n_free * SPARSE_SHARE < arena.piece_pages
+        or not arena_split(arena, piece * arena.piece_pages)
+    ):
+        return 0
     purged_bytes = purge_piece(pages, arena, piece)
-    if is_split_now and purged_bytes:
+    if purged_bytes:
         os_advise(
             arena.address + live_page * <int64_t>arena.page_bytes, arena.page_bytes, MADV_COLD
         )
-        splits.n += 1
-        splits.purged_bytes += purged_bytes
+    return purged_bytes
 
 
 cdef int64_t page_heap_end_trim(page_heap_t *pages, int64_t begun_at_bytes) noexcept nogil:
@@ -217,7 +221,10 @@ cdef int64_t page_heap_end_trim(page_heap_t *pages, int64_t begun_at_bytes) noex
         if arena == NULL:
             break
         if place.piece < arena.n_pieces and not arena.dedicated:
-            trim_piece(pages, arena, place.piece, &splits)
+            purged_bytes = page_purge_split(pages, arena, place.piece)
+            splits.n += purged_bytes > 0
+            splits.purged_bytes += purged_bytes
+            purge_piece(pages, arena, place.piece)
             place.piece += 1
         else:
             if is_one_free_run(arena):

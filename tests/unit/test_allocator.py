@@ -364,6 +364,38 @@ def test_under_thp_a_hole_in_a_committed_huge_page_serves_when_the_budget_is_ful
     allocator.close()
 
 
+def test_huge_pages_are_split_before_the_budget_refuses():
+    """What trim() could free is not refused."""
+    allocator = PageAllocator(backing="thp", arena_bytes="32MiB", budget_bytes="16MiB")
+    try:
+        buffers = [allocator.alloc("512KiB") for _ in range(32)]
+    except BackingUnavailableError as error:
+        pytest.skip(f"no THP here: {error}")
+    for buffer in buffers:
+        np.frombuffer(buffer, np.uint8)[:] = 7
+    kept = buffers[::4]  # one in each huge page
+    del buffer, buffers
+    with allocator.alloc("10MiB") as large:
+        touch(large)
+        allocator.check()
+        assert allocator.stats().committed_bytes <= 16 << 20
+        assert all(np.all(np.frombuffer(buffer, np.uint8) == 7) for buffer in kept)
+        with pytest.raises(OutOfMemoryError):
+            allocator.alloc("3MiB")
+    kept.clear()
+    allocator.close()
+
+
+def test_where_a_full_arena_is_refused_a_shorter_one_serves():
+    with PageAllocator(backing="base") as allocator:
+        with refusing("mmap", times=2):
+            buffer = allocator.alloc("1MiB")
+        (arena,) = allocator.stats().arenas
+        assert 1 << 20 <= arena.reserved_bytes < allocator.arena_bytes
+        allocator.check()
+        buffer.close()
+
+
 def test_an_aligned_request_passes_over_a_hole_without_an_aligned_start(allocator):
     page, mib = PAGE_BYTES, 1 << 20
     sizes = [page, mib, page, 3 * mib, page, 30 * mib, 29 * mib]  # fills the arena but for < 1 MiB

@@ -84,9 +84,15 @@ def test_hugetlb_from_a_pool(hugetlb_pool):
     with PageAllocator(budget_bytes="1GiB") as budgeted, budgeted.alloc(1):
         assert budgeted.stats().arenas[0].achieved_backing != "hugetlb"
     with PageAllocator(backing="hugetlb", budget_bytes="32MiB") as small:
+        with small.alloc(1):
+            assert small.stats().reserved_bytes == 32 * MIB
+            with pytest.raises(OutOfMemoryError, match="budget"):
+                small.alloc("32MiB")
+        small.check()
+    with PageAllocator(backing="hugetlb", budget_bytes=HUGE_BYTES // 2) as tiny:
         with pytest.raises(OutOfMemoryError, match="budget"):
-            small.alloc(1)
-        assert small.stats().reserved_bytes == 0
+            tiny.alloc(1)
+        assert tiny.stats().reserved_bytes == 0
 
 
 def start_child(check):
@@ -154,6 +160,36 @@ def test_a_child_that_inherits_no_hugetlb_memory_finds_zeros(hugetlb_pool):
 
         assert exit_status(start_child(check)) == 0
         buffer.close()
+
+
+def test_an_arena_as_long_as_the_pool_allows():
+    with pool(NR_HUGEPAGES, 12), PageAllocator(backing="hugetlb") as allocator:
+        buffer = allocator.alloc("1MiB")
+        (arena,) = allocator.stats().arenas
+        assert arena.reserved_bytes == 16 * MIB  # of the pool's 24
+        with pytest.raises(BackingUnavailableError, match="nr_hugepages"):
+            allocator.alloc("30MiB")
+        allocator.check()
+        buffer.close()
+
+
+def test_hugetlb_memory_that_is_free_serves_before_the_budget_refuses(hugetlb_pool):
+    """A hugetlb arena is committed as a whole, and goes back as a whole."""
+    with PageAllocator(backing="hugetlb", budget_bytes="100MiB", purge_after_s=None) as allocator:
+        buffers = [allocator.alloc("8MiB") for _ in range(8)]
+        del buffers[1:]
+        buffers.append(allocator.alloc("36MiB"))  # an arena of its own, while the budget allows
+        assert len(allocator.stats().arenas) == 2
+        buffers.append(allocator.alloc("40MiB"))  # free in the first one
+        assert len(allocator.stats().arenas) == 2
+        with pytest.raises(OutOfMemoryError, match="budget"):
+            allocator.alloc("40MiB")
+        allocator.check()
+        buffers.clear()
+        large = allocator.alloc("96MiB")  # what is empty makes room
+        assert allocator.stats().committed_bytes == 96 * MIB
+        allocator.check()
+        large.close()
 
 
 def test_gigantic_pages():
