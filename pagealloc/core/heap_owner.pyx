@@ -1,8 +1,8 @@
 """Heap: the Python owner of one heap.
 
 Purpose
-    Read the settings, turn the heap's codes into exceptions that say what would help, show what it
-    holds, and close it.
+    Read the settings, ask callbacks before a request is refused, show what the heap holds, and
+    close it.
 Structure
     PageAllocator --is a--> Heap --owns--> heap_t (heap.pyx)
     Buffer --keeps alive--> Heap
@@ -16,7 +16,6 @@ Units
     Bytes.
 """
 
-import errno as _errno
 import gc
 import operator
 import os
@@ -27,30 +26,21 @@ from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uintptr_t
 
 from pagealloc.core.atomics cimport atomic_load_i64
-from pagealloc.core.backing cimport (
-    ERROR_ALIGNMENT,
-    ERROR_BUDGET,
-    ERROR_NO_HUGE_PAGES,
-    ERROR_PLACEMENT,
-)
+from pagealloc.core.backing cimport ERROR_BUDGET
 from pagealloc.core.heap cimport heap_alloc, heap_free
 from pagealloc.core.heap_caches cimport heap_collect, heap_reclaim, heap_trim
 from pagealloc.core.heap_counts cimport heap_check, heap_counts, heap_counts_t
 from pagealloc.core.heap_latency cimport heap_time_every
 from pagealloc.core.heap_life cimport heap_delete, heap_new
 from pagealloc.core.heap_options cimport describe_node, read_options
+from pagealloc.core.heap_refusal cimport refusal_of
 from pagealloc.core.heap_state cimport heap_options_t, heap_t
 from pagealloc.core.heap_stats cimport read_stats
-from pagealloc.core.os_memory cimport os_fork_generation, os_huge_page_bytes, os_page_bytes
+from pagealloc.core.os_memory cimport os_fork_generation
 from pagealloc.core.page_heap cimport NOT_LIVE, NOT_OURS
 
 from pagealloc.core.heap_stats import process_faults
-from pagealloc.errors import (
-    BackingUnavailableError,
-    ClosedError,
-    InvariantError,
-    OutOfMemoryError,
-)
+from pagealloc.errors import ClosedError, InvariantError, OutOfMemoryError
 from pagealloc.units import format_bytes, parse_bytes
 
 cdef int64_t MAX_TIME_EVERY = 1 << 30
@@ -172,60 +162,8 @@ cdef class Heap:
     cdef object refusal(
         self, size_t nbytes, size_t align_bytes, int error, Py_ssize_t n_blocks=1
     ):
-        """The exception for a refused request; says what was asked, is held, and would help."""
-        cdef heap_counts_t counts = heap_counts(self.heap)
-        all_bytes = <object>nbytes * n_blocks
-        blocks = f"{n_blocks} blocks of " if n_blocks > 1 else ""
-        asked = f"asked for {blocks}{nbytes} bytes ({format_bytes(all_bytes)})"
-        if align_bytes > os_page_bytes():
-            asked += f" aligned to {format_bytes(align_bytes)}"
-        if error == ERROR_BUDGET:
-            return OutOfMemoryError(
-                f"{asked}: the budget of {format_bytes(self.budget_bytes)} has "
-                f"{format_bytes(max(self.budget_bytes - counts.committed_bytes, 0))} left "
-                f"({format_bytes(counts.live_bytes)} in use by {counts.n_live} live buffers); "
-                f"close Buffers, or make the allocator with a larger budget_bytes"
-            )
-        huge_bytes = self.heap.pages.placement.hugetlb_bytes
-        if error == ERROR_ALIGNMENT:
-            return ValueError(
-                f"{asked} with backing='hugetlb', whose memory is aligned to "
-                f"{format_bytes(huge_bytes)} at most: ask for less, or use backing='auto'"
-            )
-        if error == ERROR_NO_HUGE_PAGES:
-            return BackingUnavailableError(
-                _errno.ENOMEM,
-                f"{asked} with backing={self.backing!r}, and no touch of it was backed by a huge "
-                f"page: allow them with 'echo madvise | sudo tee "
-                f"/sys/kernel/mm/transparent_hugepage/enabled', or use backing='auto'",
-            )
-        if error == ERROR_PLACEMENT:
-            return BackingUnavailableError(
-                _errno.EPERM,
-                f"{asked} with numa_node= or preferred=, and the kernel refused to bind memory to "
-                f"a node (mbind): it has no NUMA support, or a sandbox forbids it; leave them out",
-            )
-        reason = os.strerror(error)
-        if self.backing == "hugetlb":
-            n_huge = -(-max(self.arena_bytes, all_bytes) // huge_bytes)
-            command = f"sysctl vm.nr_hugepages={n_huge}"
-            if huge_bytes != os_huge_page_bytes():
-                command = (
-                    f"sh -c 'echo {n_huge} > "
-                    f"/sys/kernel/mm/hugepages/hugepages-{huge_bytes >> 10}kB/nr_hugepages'"
-                )
-            return BackingUnavailableError(
-                error,
-                f"{asked} with backing='hugetlb', and the kernel refused ({reason}): "
-                f"its pool has too few free huge pages for an arena; reserve them with "
-                f"'sudo {command}', or use backing='auto'",
-            )
-        return OutOfMemoryError(
-            f"{asked}: the kernel refused ({reason}); {format_bytes(counts.reserved_bytes)} are "
-            f"reserved and {format_bytes(counts.committed_bytes)} committed already; close "
-            f"Buffers, call trim(), or raise the limit (ulimit -v, the cgroup's memory limit, "
-            f"vm.max_map_count)"
-        )
+        """The exception for a refused request."""
+        return refusal_of(self.heap, self.backing, nbytes, align_bytes, error, n_blocks)
 
     @property
     def time_every(self) -> int:
