@@ -14,6 +14,7 @@ this by reading the table below)::
     1  item_table       what a pool knows of its items, by address; pure data structure
     1  machine_memory   how much memory the machine and its cgroups have left
     2  os_memory        memory from the OS; every call of the kernel goes through its table
+    3  os_file          the one sparse file of a store
     3  os_pages         what the kernel knows of single pages; NUMA nodes
 
     Arenas, from the bottom up:
@@ -28,47 +29,48 @@ this by reading the table below)::
     4  block_map        where the state of a block is
     6  free_runs        which pages belong to which run; fit, carve, merge
     7  arenas           the arenas of one heap: how they come, go, and give back
-    8  page_budget      what a heap may use: its ledger against its budget
-    9  page_heap        the page runs of all arenas: growth, budget
-    10  page_purge      what is free goes back: by itself, or by trim()
-    10  page_resize     page runs made longer or shorter, where they are or by their page tables
-    10  slabs           the slots of one size class, cut from page runs
-    11  central         the free blocks of one size class that no thread holds
-    12  thread_cache    a thread's magazines for one heap, as the thread uses them
-    13  collector       what others do with a thread's magazines
-    14  heap_state      what a heap is made of; its size classes
-    15  guard            blocks of a heap that finds errors: guards around them, or once freed
-    15  heap_caches     the caches of all threads; what is idle, and how it goes back
-    15  heap_options    the settings of a heap, read and checked
-    15  heap_latency    which allocations are timed, and into which histogram they go
-    16  heap_counts     what a heap holds, counted; whether that adds up
-    16  heap_slow       what alloc and free do when the magazine does not do
-    16  heap_life       making and unmaking heaps; all of the process; fork
-    17  heap_stats      what a heap holds, as Python sees it
-    17  purger          the thread that gives idle memory back
-    18  heap            the way of one allocation, and of one free
-    19  heap_resize     a live block made longer or shorter
-    19  heap_owner      Heap: the Python owner of a heap: settings, errors, stats
-    20  buffer          Buffer: the Python handle of one slot or run
-    21  prefault        memory made physical before somebody waits for it
-    21  batch           Batch: many blocks under one handle
-    22  exact           ExactClass: blocks of a caller's own size, not rounded
-    23  allocator       PageAllocator: the Python face
-    24  idle_items      IdleItems: what lies idle in a pool, and what it knows of every item
-    25  pool            Pool: idle Buffers and objects, kept for reuse
-    24  c_api           heaps for native code of other packages: cimport, and a table for C
-    24  numpy_handler   NumPy's arrays in an allocator's memory (NEP 49)
+    8  page_purge       what is free goes back: by itself, or by trim()
+    9  page_budget      what a heap may use: its ledger against its budget
+    10  page_heap       the page runs of all arenas: growth, budget
+    11  page_resize     page runs made longer or shorter, where they are or by their page tables
+    11  slabs           the slots of one size class, cut from page runs
+    12  central         the free blocks of one size class that no thread holds
+    13  thread_cache    a thread's magazines for one heap, as the thread uses them
+    14  collector       what others do with a thread's magazines
+    15  heap_state      what a heap is made of; its size classes
+    16  guard            blocks of a heap that finds errors: guards around them, or once freed
+    16  heap_caches     the caches of all threads; what is idle, and how it goes back
+    16  heap_options    the settings of a heap, read and checked
+    16  heap_latency    which allocations are timed, and into which histogram they go
+    17  heap_counts     what a heap holds, counted; whether that adds up
+    17  heap_slow       what alloc and free do when the magazine does not do
+    17  heap_life       making and unmaking heaps; all of the process; fork
+    18  heap_stats      what a heap holds, as Python sees it
+    18  heap_refusal    what a refused request is told
+    18  purger          the thread that gives idle memory back
+    19  heap            the way of one allocation, and of one free
+    20  heap_resize     a live block made longer or shorter
+    20  heap_owner      Heap: the Python owner of a heap: settings, errors, stats
+    21  buffer          Buffer: the Python handle of one slot or run
+    22  prefault        memory made physical before somebody waits for it
+    22  batch           Batch: many blocks under one handle
+    23  exact           ExactClass: blocks of a caller's own size, not rounded
+    24  allocator       PageAllocator: the Python face
+    25  idle_items      IdleItems: what lies idle in a pool, and what it knows of every item
+    26  pool            Pool: idle Buffers and objects, kept for reuse
+    25  c_api           heaps for native code of other packages: cimport, and a table for C
+    25  numpy_handler   NumPy's arrays in an allocator's memory (NEP 49)
 
-    Windows, from the bottom up; they share nothing with arenas but the first two floors:
+    Windows, from the bottom up; they share nothing with arenas but the first three floors:
 
-    3  extent_pages     the pages of one memfd: reference counts, commit, punch, budget
-    4  store_registry   all stores of the process, and what fork() does with them
-    4  window_pages     one window: its mappings and the extents behind them, nogil
-    5  huge_pages       whole huge pages of a window backed by huge pages, where the kernel can
-    6  remap            commit, share, make_private, release: all or nothing
-    6  extents          ExtentStore: the Python face of one memfd
-    7  window_view      WindowView: a range of a window, exported through the buffer protocol
-    8  window           Window: the Python face of one address range
+    4  extent_pages     the pages of one memfd: reference counts, commit, punch, budget
+    5  store_registry   all stores of the process, and what fork() does with them
+    5  window_pages     one window: its mappings and the extents behind them, nogil
+    6  huge_pages       whole huge pages of a window backed by huge pages, where the kernel can
+    7  remap            commit, share, make_private, release: all or nothing
+    7  extents          ExtentStore: the Python face of one memfd
+    8  window_view      WindowView: a range of a window, exported through the buffer protocol
+    9  window           Window: the Python face of one address range
 
 Everything below the Buffer is nogil and reports failure by NULL or a code; Python exceptions
 are raised at the Python boundary only.

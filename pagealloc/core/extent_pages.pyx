@@ -46,14 +46,8 @@ from pagealloc.core.interval_map cimport (
     interval_t,
 )
 from pagealloc.core.mutex cimport mutex_lock, mutex_t, mutex_unlock
-from pagealloc.core.os_memory cimport (
-    os_file_close,
-    os_file_grow,
-    os_file_punch,
-    os_fork_generation,
-    os_huge_page_bytes,
-    os_page_bytes,
-)
+from pagealloc.core.os_file cimport os_file_close, os_file_grow, os_file_punch
+from pagealloc.core.os_memory cimport os_fork_generation, os_huge_page_bytes, os_page_bytes
 
 cdef extern from "<pthread.h>" nogil:
     int mutex_trylock "pthread_mutex_trylock"(mutex_t *mutex)

@@ -38,13 +38,8 @@ from pagealloc.core.extent_pages cimport (
     store_wait,
 )
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init
-from pagealloc.core.os_memory cimport (
-    os_file_create,
-    os_file_held_bytes,
-    os_fork_generation,
-    os_max_mappings,
-    os_page_bytes,
-)
+from pagealloc.core.os_file cimport os_file_create, os_file_held_bytes
+from pagealloc.core.os_memory cimport os_fork_generation, os_max_mappings, os_page_bytes
 from pagealloc.core.store_registry cimport registry_add, registry_remove
 from pagealloc.core.window_pages cimport windows_close_abandoned, windows_forget_abandoned
 

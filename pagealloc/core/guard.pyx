@@ -11,7 +11,8 @@ Invariants
     and nobody's in particular
     where a live block starts in its first page is in that page's entry among the states of slots
 Locking
-    None of its own: the block is free, and the caller's, while its guards change.
+    direct_mutex, so that no fork comes between; the block is free, and the caller's, while its
+    guards change.
 Units
     Bytes; pages where named.
 """
@@ -42,6 +43,7 @@ from pagealloc.core.heap_state cimport (
     heap_come_near,
     heap_t,
 )
+from pagealloc.core.mutex cimport mutex_lock, mutex_unlock
 from pagealloc.core.os_pages cimport os_guard, os_unguard
 from pagealloc.core.page_heap cimport (
     FREED,
@@ -85,12 +87,14 @@ cdef char *guarded_alloc(
     cdef size_t start = start_in_page(nbytes, align_bytes, page_bytes)
     cdef int64_t n_pages = <int64_t>((nbytes + page_bytes - 1) // page_bytes)
     cdef int64_t n_guards = 1 if heap.guard & GUARD_SLOT else 0
-    cdef run_t *run = page_heap_alloc(
+    cdef run_t *run
+    cdef block_t block
+    cdef chunk_t *chunk
+    mutex_lock(&heap.direct_mutex)
+    run = page_heap_alloc(
         &heap.pages, n_pages + n_guards, align_bytes if align_bytes > page_bytes else page_bytes,
         UNCACHED_RUN, NULL, True, fresh, error
     )
-    cdef block_t block
-    cdef chunk_t *chunk
     if run != NULL:
         block.address = run.address
         error[0] = os_unguard(run.address, <size_t>run.n_pages * page_bytes)
@@ -99,6 +103,7 @@ cdef char *guarded_alloc(
         if error[0]:
             page_heap_free(&heap.pages, &block, 1, FREED_NOW)
     if error[0]:
+        mutex_unlock(&heap.direct_mutex)
         atomic_add_i64(&heap.n_failed, 1)
         return NULL
     if not block_map_knows_near(&heap.blocks):
@@ -111,6 +116,7 @@ cdef char *guarded_alloc(
     atomic_store_u16(
         &chunk.pages[page_in_chunk(&heap.blocks, block.address)].state, STATE_SHARED
     )
+    mutex_unlock(&heap.direct_mutex)
     return block.address + start
 
 
@@ -131,17 +137,20 @@ cdef int guarded_free(heap_t *heap, char *address) noexcept nogil:
     """FREED, or NOT_OURS / NOT_LIVE and nothing changed."""
     cdef chunk_t *chunk = chunk_of(heap, address)
     cdef block_t block
+    cdef int outcome = NOT_LIVE
     if chunk == NULL:
         return NOT_OURS
     block.address = address - (<uintptr_t>address & heap.blocks.page_mask)
     block.state = &chunk.pages[page_in_chunk(&heap.blocks, address)].state
-    if not atomic_swap_u16(block.state, STATE_SHARED, STATE_FREE):
-        return NOT_LIVE
-    atomic_store_u16(start_entry(heap, chunk, address), 0)
-    if heap.guard & GUARD_FREED:    # refused, this one is found out by nobody
-        os_guard(block.address, page_heap_run_bytes(&heap.pages, block.address))
-    central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1, FREED_NOW)
-    return FREED
+    mutex_lock(&heap.direct_mutex)
+    if atomic_swap_u16(block.state, STATE_SHARED, STATE_FREE):
+        outcome = FREED
+        atomic_store_u16(start_entry(heap, chunk, address), 0)
+        if heap.guard & GUARD_FREED:    # refused, this one is found out by nobody
+            os_guard(block.address, page_heap_run_bytes(&heap.pages, block.address))
+        central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1, FREED_NOW)
+    mutex_unlock(&heap.direct_mutex)
+    return outcome
 
 
 cdef size_t guarded_bytes(heap_t *heap, const char *address) noexcept nogil:

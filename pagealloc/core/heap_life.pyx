@@ -75,6 +75,7 @@ cdef heap_t *heap_new(const heap_options_t *options) noexcept nogil:
     heap_init_classes(heap)
     heap.largest_fast_bytes = 0 if heap.zero_on_reuse else heap.largest_table_bytes
     heap_latency_init(heap)
+    mutex_init(&heap.direct_mutex)
     mutex_init(&heap.collect_mutex)
     mutex_init(&heap.classes_mutex)
     mutex_init(&heap.caches_mutex)
@@ -100,6 +101,7 @@ cdef int heap_delete(heap_t *heap) noexcept nogil:
         central_destroy(&heap.centrals[i])
         i = next_class(heap, i)
     latency_destroy(&heap.latency)
+    mutex_destroy(&heap.direct_mutex)
     mutex_destroy(&heap.collect_mutex)
     mutex_destroy(&heap.classes_mutex)
     mutex_destroy(&heap.caches_mutex)
@@ -193,6 +195,7 @@ cdef void heap_end_thread(
 cdef void lock_heap(heap_t *heap) noexcept nogil:
     cdef thread_cache_t *cache
     cdef int i
+    mutex_lock(&heap.direct_mutex)
     mutex_lock(&heap.collect_mutex)
     mutex_lock(&heap.classes_mutex)
     mutex_lock(&heap.caches_mutex)
@@ -227,6 +230,7 @@ cdef void unlock_heap(heap_t *heap) noexcept nogil:
     mutex_unlock(&heap.caches_mutex)
     mutex_unlock(&heap.classes_mutex)
     mutex_unlock(&heap.collect_mutex)
+    mutex_unlock(&heap.direct_mutex)
 
 
 cdef void lock_all() noexcept nogil:

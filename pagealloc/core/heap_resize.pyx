@@ -10,7 +10,8 @@ Invariants
     a block that moves by its page tables is out in one class at any time: n_out of its new one is
     counted before, of its old one after
 Locking
-    The caller has the block: nobody else frees or resizes it meanwhile.
+    The caller has the block: nobody else frees or resizes it meanwhile.  direct_mutex, so that no
+    fork finds it in two classes.
 Units
     Bytes; pages where named.
 """
@@ -30,6 +31,7 @@ from pagealloc.core.heap_state cimport (
     heap_run_class,
     heap_t,
 )
+from pagealloc.core.mutex cimport mutex_lock, mutex_unlock
 from pagealloc.core.page_resize cimport page_heap_move, page_heap_resize
 
 cdef extern from "poison.h" nogil:
@@ -81,6 +83,7 @@ cdef char *resize_without_copy(
         heap, address, size_class
     ):
         return address
+    mutex_lock(&heap.direct_mutex)
     new_class = enter_class(heap, key)
     moved = address if page_heap_resize(
         &heap.pages, address, key >> 6, <uint16_t>new_class
@@ -88,6 +91,7 @@ cdef char *resize_without_copy(
         &heap.pages, address, key >> 6, <size_t>1 << (key & 63), <uint16_t>new_class
     )
     atomic_add_i64(&heap.centrals[size_class if moved != NULL else new_class].n_out, -1)
+    mutex_unlock(&heap.direct_mutex)
     return moved
 
 

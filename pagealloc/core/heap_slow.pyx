@@ -8,7 +8,7 @@ Structure
 Invariants
     a request is refused only after all that is idle has been given up for it
 Locking
-    No lock is held while another room is called.
+    What goes past the caches: direct_mutex, so that a fork finds it done or not begun.
 Units
     Bytes; pages where named.
 """
@@ -43,6 +43,7 @@ from pagealloc.core.heap_state cimport (
     heap_run_class,
     heap_t,
 )
+from pagealloc.core.mutex cimport mutex_lock, mutex_unlock
 from pagealloc.core.page_heap cimport FREED_NOW, page_heap_alloc, page_heap_has_own_arena
 from pagealloc.core.page_map cimport block_t
 from pagealloc.core.page_run cimport run_t
@@ -168,37 +169,45 @@ cdef char *take_block(
 ) noexcept nogil:
     """A block of a class, through this thread's cache if it can have one."""
     cdef block_t block
+    cdef bint is_taken
     if cache != NULL:
         return refill(heap, cache, size_class, key, may_grow, fresh, error)
-    if not central_take(&heap.centrals[size_class], key, &block, 1, may_grow, fresh, error):
-        return NULL
-    atomic_add_i64(&heap.retired_allocs[size_class], 1)
-    return hand_out(heap, block, size_class)
+    mutex_lock(&heap.direct_mutex)
+    is_taken = central_take(
+        &heap.centrals[size_class], key, &block, 1, may_grow, fresh, error
+    ) > 0
+    if is_taken:
+        hand_out(heap, block, size_class)
+    mutex_unlock(&heap.direct_mutex)
+    return block.address if is_taken else NULL
 
 
-cdef char *hand_out(heap_t *heap, block_t block, size_t size_class) noexcept nogil:
+cdef void hand_out(heap_t *heap, block_t block, size_t size_class) noexcept nogil:
     """Mark a free block that nobody else has as live, and nobody's in particular."""
     if HAS_POISON:
         unpoison(block.address, heap_block_bytes(heap, block.address, size_class))
+    atomic_add_i64(&heap.retired_allocs[size_class], 1)
     atomic_store_u16(block.state, STATE_SHARED)
-    return block.address
 
 
 cdef char *take_uncached(
     heap_t *heap, int64_t key, bint may_grow, bint *fresh, int *error
 ) noexcept nogil:
     """A run straight from the page heap, for a size that found no class."""
-    cdef run_t *run = page_heap_alloc(
+    cdef run_t *run
+    cdef block_t block
+    block.address = NULL
+    mutex_lock(&heap.direct_mutex)
+    run = page_heap_alloc(
         &heap.pages, key >> 6, <size_t>1 << (key & 63), UNCACHED_RUN, NULL, may_grow, fresh, error
     )
-    cdef block_t block
-    if run == NULL:
-        return NULL
-    atomic_add_i64(&heap.centrals[UNCACHED_RUN].n_out, 1)
-    atomic_add_i64(&heap.retired_allocs[UNCACHED_RUN], 1)
-    block.address = run.address
-    block.state = known_block_state(&heap.blocks, run.address, UNCACHED_RUN)
-    return hand_out(heap, block, UNCACHED_RUN)
+    if run != NULL:
+        block.address = run.address
+        block.state = known_block_state(&heap.blocks, run.address, UNCACHED_RUN)
+        atomic_add_i64(&heap.centrals[UNCACHED_RUN].n_out, 1)
+        hand_out(heap, block, UNCACHED_RUN)
+    mutex_unlock(&heap.direct_mutex)
+    return block.address
 
 
 # ---------------------------------------------------------------------------------------------
@@ -209,23 +218,32 @@ cdef bint heap_take_back(
 ) noexcept nogil:
     """Free a block whose state is `live`; False if it is that no longer.  `cache` may be NULL."""
     cdef int outcome
+    if cache == NULL or size_class == UNCACHED_RUN:
+        return take_back_directly(heap, block, size_class, live)
     if live == STATE_SHARED:
-        if cache != NULL and size_class != UNCACHED_RUN:
-            return thread_cache_free_shared(cache, &heap.centrals[size_class], block)
-        if not atomic_swap_u16(block.state, live, STATE_FREE):
-            return False
-        if size_class == UNCACHED_RUN:
-            central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1, FREED_NOW)
-        else:
-            central_put(&heap.centrals[size_class], &block, 1)
-        return True
-    if cache == NULL:
-        mark_returning(block.state)
-        heap_return_block(heap, block, live)
-        return True
+        return thread_cache_free_shared(cache, &heap.centrals[size_class], block)
     if live == cache.own_state:
         return thread_cache_free(cache, &heap.centrals[size_class], block)
     outcome = thread_cache_return(cache, &heap.centrals[size_class], block, live)
     if outcome == OUTBOX_FULL:
         heap_deliver(heap, cache)
     return outcome != OUTBOX_REFUSED
+
+
+cdef bint take_back_directly(
+    heap_t *heap, block_t block, size_t size_class, uint16_t live
+) noexcept nogil:
+    """The same past the caches: by a thread that has none, or of a run that has no class."""
+    cdef bint is_freed = True
+    mutex_lock(&heap.direct_mutex)
+    if live != STATE_SHARED:
+        mark_returning(block.state)
+        heap_return_block(heap, block, live)
+    elif not atomic_swap_u16(block.state, live, STATE_FREE):
+        is_freed = False
+    elif size_class == UNCACHED_RUN:
+        central_give_back(&heap.centrals[UNCACHED_RUN], &block, 1, FREED_NOW)
+    else:
+        central_put(&heap.centrals[size_class], &block, 1)
+    mutex_unlock(&heap.direct_mutex)
+    return is_freed

@@ -36,6 +36,7 @@ cdef struct heap_options_t:         # what a heap is told when it is made
     int guard                       # GUARD_...
 
 cdef struct heap_t:             # page-aligned: cold fields first, as in thread_cache_t
+    mutex_t direct_mutex            # who moves a block past the caches; so that no fork is between
     mutex_t collect_mutex           # one collection at a time
     mutex_t classes_mutex
     mutex_t caches_mutex

@@ -9,8 +9,8 @@ Invariants
     a class of runs is found by its key, and by no other; UNCACHED_RUN has no key
     n_out(class) = live + idle in its central list + in magazines + in boxes, on their way there
 Locking
-    The order of all locks of a heap: registry, collect, classes, caches, a cache's lock, central
-    lists by class, page heap, page map.  Here: classes_mutex.
+    The order of all locks of a heap: registry, direct, collect, classes, caches, a cache's lock,
+    central lists by class, page heap, page map.  Here: classes_mutex.
 Units
     Classes; bytes and pages where named.
 """

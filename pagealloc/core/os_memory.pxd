@@ -1,7 +1,7 @@
 """The OS, as the rest of the core may see it.
 
-Purpose: the only room that calls the kernel.  Every call goes through one table that tests can
-make refuse (``os_memory.refusing``).
+Purpose: the rooms that call the kernel are this one, os_file and os_pages.  Every call goes through
+one table that tests can make refuse (``os_memory.refusing``).
 
 Conventions: a function that returns ``int`` returns 0 or an errno value; one that returns a
 pointer returns NULL and leaves ``errno`` set.  All addresses and lengths are in bytes and
@@ -68,16 +68,6 @@ cdef void os_abandon(void *address, size_t nbytes) noexcept nogil
 cdef int os_advise(void *address, size_t nbytes, int advice) noexcept nogil
 cdef int os_purge(void *address, size_t nbytes) noexcept nogil
 cdef int64_t os_resident_bytes(void *address, size_t nbytes) noexcept nogil
-
-# --- one sparse file: extents and windows ---
-cdef int os_file_create(const char *name, int *fd) noexcept nogil
-cdef int os_file_close(int fd) noexcept nogil
-cdef int os_file_grow(int fd, int64_t nbytes) noexcept nogil
-cdef int os_file_commit(int fd, int64_t offset, int64_t nbytes) noexcept nogil
-cdef int os_file_punch(int fd, int64_t offset, int64_t nbytes) noexcept nogil
-cdef int os_file_write(int fd, const void *source, size_t nbytes, int64_t offset) noexcept nogil
-cdef int64_t os_file_held_bytes(int fd) noexcept nogil
-cdef int os_map_file(void *address, size_t nbytes, int fd, int64_t offset) noexcept nogil
 cdef int os_populate_write(void *address, size_t nbytes) noexcept nogil
 cdef int os_protect_read_only(void *address, size_t nbytes) noexcept nogil
 

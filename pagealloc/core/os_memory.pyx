@@ -1,8 +1,9 @@
 """Memory from the OS; every call of the kernel goes through the table of this room.
 
 Purpose
-    Reserve, back, purge and release memory; grow, punch and map the one file of a store; ask the
-    machine what its pages are, what time it is and which NUMA node the caller runs on.
+    Reserve, back, purge and release memory; ask the machine what its pages are, what time it is
+    and which NUMA node the caller runs on.  os_file and os_pages call the kernel as well, through
+    the same table.
 Structure
     caller -> os_xxx() -> refused(CALL)? -> the kernel
     `calls[CALL]` holds, for each kernel call, how often it was made and whether a test wants it
@@ -20,15 +21,13 @@ import errno as _errno
 import os
 from contextlib import contextmanager
 
-from libc.errno cimport EINTR, ENOMEM, ENOSYS, errno
+from libc.errno cimport ENOMEM, ENOSYS, errno
 from libc.stdint cimport int64_t, uintptr_t
 from posix.mman cimport (
     MADV_DONTNEED,
     MAP_ANONYMOUS,
     MAP_FAILED,
-    MAP_FIXED,
     MAP_PRIVATE,
-    MAP_SHARED,
     PROT_READ,
     PROT_WRITE,
     madvise,
@@ -36,9 +35,7 @@ from posix.mman cimport (
     mprotect,
     munmap,
 )
-from posix.stat cimport fchmod, fstat, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, clockid_t, timespec
-from posix.unistd cimport close, ftruncate, pwrite
 
 from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64, atomic_store_i64
 
@@ -52,11 +49,6 @@ cdef extern from "os_compat.h" nogil:
     const int MAP_HUGETLB
     const int MAP_HUGE_SHIFT
     const int MAP_NORESERVE
-    const unsigned MFD_CLOEXEC
-    const int FALLOC_FL_KEEP_SIZE
-    const int FALLOC_FL_PUNCH_HOLE
-    int memfd_create(const char *name, unsigned flags)
-    int fallocate(int fd, int mode, int64_t offset, int64_t nbytes)
     int mincore(void *address, size_t nbytes, mincore_vec *vec)
     int getcpu "pagealloc_getcpu"(unsigned *cpu, unsigned *node)
     void set_errno "pagealloc_set_errno"(int error)
@@ -254,92 +246,6 @@ cdef int64_t os_resident_bytes(void *address, size_t nbytes) noexcept nogil:
             n_resident += vec[i] & 1
         done += batch
     return n_resident * <int64_t>real_page_bytes
-
-
-# ---------------------------------------------------------------------------------------------
-# One sparse file
-
-cdef int os_file_create(const char *name, int *fd) noexcept nogil:
-    """Create an empty memfd that only this user may reopen (mode 0600; the default is 0777)."""
-    cdef int error
-    if refused(CALL_MEMFD_CREATE):
-        return errno
-    fd[0] = memfd_create(name, MFD_CLOEXEC)
-    if fd[0] < 0:
-        return errno
-    if refused(CALL_FCHMOD) or fchmod(fd[0], 0o600) != 0:
-        error = errno
-        close(fd[0])
-        fd[0] = -1
-        return error
-    return 0
-
-
-cdef int os_file_close(int fd) noexcept nogil:
-    return errno if close(fd) != 0 else 0
-
-
-cdef int os_file_grow(int fd, int64_t nbytes) noexcept nogil:
-    """Make the file `nbytes` long, sparse: no page is allocated."""
-    if refused(CALL_FTRUNCATE) or ftruncate(fd, nbytes) != 0:
-        return errno
-    return 0
-
-
-cdef int os_file_commit(int fd, int64_t offset, int64_t nbytes) noexcept nogil:
-    """Allocate the file's pages in the range; ENOSPC or ENOMEM instead of a later SIGBUS."""
-    cdef int status = -1
-    while status != 0:
-        if refused(CALL_FALLOCATE):
-            return errno
-        status = fallocate(fd, 0, offset, nbytes)
-        if status != 0 and errno != EINTR:
-            return errno
-    return 0
-
-
-cdef int os_file_punch(int fd, int64_t offset, int64_t nbytes) noexcept nogil:
-    """Give the range's pages back and leave a hole."""
-    cdef int status = -1
-    while status != 0:
-        if refused(CALL_FALLOCATE):
-            return errno
-        status = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, nbytes)
-        if status != 0 and errno != EINTR:
-            return errno
-    return 0
-
-
-cdef int os_file_write(int fd, const void *source, size_t nbytes, int64_t offset) noexcept nogil:
-    """Write all of `source` at `offset`; commits the pages it covers, or fails with a code."""
-    cdef size_t done = 0
-    cdef ssize_t written
-    while done < nbytes:
-        if refused(CALL_PWRITE):
-            return errno
-        written = pwrite(fd, <const char *>source + done, nbytes - done, offset + <int64_t>done)
-        if written < 0 and errno != EINTR:
-            return errno
-        if written > 0:
-            done += <size_t>written
-    return 0
-
-
-cdef int64_t os_file_held_bytes(int fd) noexcept nogil:
-    """Physical bytes of the file; -1 if the kernel refused to say."""
-    cdef struct_stat status
-    if refused(CALL_FSTAT) or fstat(fd, &status) != 0:
-        return -1
-    return <int64_t>status.st_blocks * 512
-
-
-cdef int os_map_file(void *address, size_t nbytes, int fd, int64_t offset) noexcept nogil:
-    """Map the file's range over `address`, shared and writable, replacing what was mapped there."""
-    if refused(CALL_MMAP) or mmap(
-        address, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, offset
-    ) == MAP_FAILED:
-        return errno
-    return 0
 
 
 cdef int os_populate_write(void *address, size_t nbytes) noexcept nogil:

@@ -26,13 +26,15 @@ from libc.errno cimport EINVAL
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
-from pagealloc.core.atomics cimport atomic_add_i64
+from pagealloc.core.atomics cimport atomic_add_i64, atomic_store_u16
 from pagealloc.core.backing cimport ERROR_GROWTH
+from pagealloc.core.block_map cimport STATE_FREE, STATE_SHARED, known_block_state
 from pagealloc.core.buffer cimport Buffer
-from pagealloc.core.central cimport central_give_back, central_t
+from pagealloc.core.central cimport central_give_back
 from pagealloc.core.heap_caches cimport heap_reclaim
 from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.heap_state cimport UNCACHED_RUN, heap_t
+from pagealloc.core.mutex cimport mutex_lock, mutex_unlock
 from pagealloc.core.os_memory cimport os_page_bytes, os_populate_write, os_real_page_bytes
 from pagealloc.core.page_heap cimport (
     FREED_LONG_AGO,
@@ -180,22 +182,48 @@ cdef int prefault_buffer(Buffer buffer) except -1:
     return 0
 
 
-cdef run_t *run_of(
-    heap_t *heap, size_t nbytes, size_t grow_bytes, int *error
+cdef bint take_run(
+    heap_t *heap, size_t nbytes, size_t grow_bytes, block_t *block, int *error
 ) noexcept nogil:
-    """A run from the arenas there are, or from a new one of `grow_bytes`; as page_heap_alloc."""
+    """A run from the arenas there are, or from a new one of `grow_bytes`; False as page_heap_alloc.
+
+    It is live: a child that is forked meanwhile never gets it back.
+    """
     cdef int64_t n_pages = <int64_t>(nbytes // heap.pages.page_bytes)
     cdef size_t align_bytes = <size_t>CHUNK_BYTES if nbytes % CHUNK_BYTES == 0 else 1
     cdef bint fresh
     cdef run_t *run = NULL
     error[0] = 0
+    mutex_lock(&heap.direct_mutex)
     while run == NULL and error[0] == 0:
         run = page_heap_alloc(
             &heap.pages, n_pages, align_bytes, UNCACHED_RUN, NULL, False, &fresh, error
         )
         if run == NULL and error[0] == ERROR_GROWTH:
             error[0] = page_heap_grow(&heap.pages, grow_bytes)
-    return run
+    if run != NULL:
+        unpoison(run.address, nbytes)
+        block.address = run.address
+        block.state = known_block_state(&heap.blocks, run.address, UNCACHED_RUN)
+        atomic_add_i64(&heap.centrals[UNCACHED_RUN].n_out, 1)
+        atomic_store_u16(block.state, STATE_SHARED)
+    mutex_unlock(&heap.direct_mutex)
+    return run != NULL
+
+
+cdef void give_back(
+    heap_t *heap, const block_t *blocks, int64_t n, int64_t n_to_stay
+) noexcept nogil:
+    """Free runs, of which the first `n_to_stay` stay backed."""
+    cdef int64_t i
+    mutex_lock(&heap.direct_mutex)
+    for i in range(n):
+        atomic_store_u16(blocks[i].state, STATE_FREE)
+    central_give_back(&heap.centrals[UNCACHED_RUN], blocks, n_to_stay, FREED_TO_STAY)
+    central_give_back(
+        &heap.centrals[UNCACHED_RUN], blocks + n_to_stay, n - n_to_stay, FREED_LONG_AGO
+    )
+    mutex_unlock(&heap.direct_mutex)
 
 
 @cython.final
@@ -224,31 +252,25 @@ cdef class Runs:
     cdef int take(self, size_t nbytes, size_t grow_bytes) except -1:
         """One more run; before it is refused, what lies idle or callbacks can free is given up."""
         cdef int error = 0, n_asked = 0
-        cdef run_t *run
+        cdef bint is_taken
+        cdef block_t *block = &self.blocks[self.n]
         while True:
             with nogil:
-                run = run_of(self.heap, nbytes, grow_bytes, &error)
-                if run == NULL:
+                is_taken = take_run(self.heap, nbytes, grow_bytes, block, &error)
+                if not is_taken:
                     heap_reclaim(self.heap)
-                    run = run_of(self.heap, nbytes, grow_bytes, &error)
-            if run != NULL:
+                    is_taken = take_run(self.heap, nbytes, grow_bytes, block, &error)
+            if is_taken:
                 break
             self.owner.relieve(nbytes, 0, error, 1, &n_asked)
-        unpoison(run.address, nbytes)
-        atomic_add_i64(&self.heap.centrals[UNCACHED_RUN].n_out, 1)
-        self.blocks[self.n].address = run.address
         self.n += 1
-        self.chunks.append((<uintptr_t>run.address, nbytes))
+        self.chunks.append((<uintptr_t>block.address, nbytes))
         return 0
 
     cdef int give_back(self, int64_t n_to_stay) except -1:
         """Free all; the first ones stay backed."""
-        cdef central_t *central = &self.heap.centrals[UNCACHED_RUN]
         with nogil:
-            central_give_back(central, self.blocks, n_to_stay, FREED_TO_STAY)
-            central_give_back(
-                central, self.blocks + n_to_stay, self.n - n_to_stay, FREED_LONG_AGO
-            )
+            give_back(self.heap, self.blocks, self.n, n_to_stay)
         self.owner.leave()
         return 0
 

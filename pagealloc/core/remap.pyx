@@ -53,15 +53,8 @@ from pagealloc.core.interval_map cimport (
     interval_t,
 )
 from pagealloc.core.huge_pages cimport collapse_completed_huge_pages, populate_huge_pages
-from pagealloc.core.os_memory cimport (
-    MADV_DONTDUMP,
-    os_advise,
-    os_file_commit,
-    os_file_write,
-    os_map_file,
-    os_page_bytes,
-    os_populate_write,
-)
+from pagealloc.core.os_file cimport os_file_commit, os_file_write, os_map_file
+from pagealloc.core.os_memory cimport MADV_DONTDUMP, os_advise, os_page_bytes, os_populate_write
 from pagealloc.core.window_pages cimport (
     WINDOW_CLOSED,
     WINDOW_TAKEN,

@@ -55,11 +55,11 @@ from pagealloc.core.interval_map cimport (
     imap_reserve,
     interval_t,
 )
+from pagealloc.core.os_file cimport os_map_file
 from pagealloc.core.os_memory cimport (
     MADV_DONTDUMP,
     os_advise,
     os_huge_page_bytes,
-    os_map_file,
     os_page_bytes,
     os_release,
     os_reserve,

@@ -91,6 +91,45 @@ def test_a_child_forked_under_load_can_read_allocate_and_free(duration_s):
 
 
 @pytest.mark.fork_under_load
+@pytest.mark.parametrize("backing", ["base", "auto"])
+def test_a_child_forked_while_memory_comes_and_goes_has_a_purger_of_its_own(duration_s, backing):
+    """Also if the fork met the purger, a trim, or a prefault at work."""
+    allocator = PageAllocator(backing=backing, arena_bytes="8MiB", purge_after_s=0.01)
+    kept = allocator.zeros(1000, np.uint8)
+    stop = threading.Event()
+
+    def give_and_take():
+        while not stop.is_set():
+            allocator.prefault("3MiB", n_threads=2)
+            allocator.trim()
+
+    def work(kept=kept):
+        assert (kept == 42).all()
+        allocator.trim()
+        floor_bytes = allocator.stats().held_bytes
+        with allocator.alloc("20MiB", prefault=True) as large:
+            np.frombuffer(large, np.uint8).fill(9)
+        small = [allocator.alloc(65536) for _ in range(64)]
+        for buffer in small:
+            np.frombuffer(buffer, np.uint8).fill(9)
+        del buffer
+        small.clear()
+        end = time.monotonic() + 10
+        while allocator.stats().held_bytes > floor_bytes and time.monotonic() < end:
+            time.sleep(0.01)
+        allocator.check()
+        assert allocator.stats().held_bytes <= floor_bytes
+
+    kept.fill(42)
+    end = time.monotonic() + duration_s
+    with churning(allocator), running(stop, threading.Thread(target=give_and_take)):
+        while time.monotonic() < end:
+            assert in_child(work) == 0
+    del kept, work
+    assert_nothing_is_left(allocator)
+
+
+@pytest.mark.fork_under_load
 def test_a_forked_child_knows_what_is_live_and_can_close(duration_s):
     """The other threads' calls, cut off by the fork, must not look like live buffers or callers."""
     end = time.monotonic() + duration_s
