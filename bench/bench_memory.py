@@ -102,7 +102,7 @@ def fill_rows(effort: Effort) -> list[Row]:
         ),
         Row(
             "8.faults",
-            f"{work}, median of the rounds",
+            f"{work}, median of the rounds ({max(ours['faults']):,} at most)",
             faults,
             {"base pages": base_faults},
             "faults",
