@@ -74,6 +74,13 @@ OPTIONS = {
             "For tests: work in pages larger than the machine's; unset: the machine's.",
         ),
         Option(
+            "huge_page_bytes",
+            None,
+            "bytes",
+            "PAGEALLOC_HUGE_PAGE_BYTES",
+            "For tests: take huge pages to be larger than the machine's; unset: the machine's.",
+        ),
+        Option(
             "barrier",
             "1",
             "0 or 1",

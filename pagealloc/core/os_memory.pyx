@@ -366,7 +366,11 @@ def refusing(call: str, error: int = _errno.ENOMEM, *, skip: int = 0, times: int
 
 
 def _ask_machine() -> None:
-    """Set the page sizes.  PAGEALLOC_PAGE_BYTES simulates larger pages (16 or 64 KiB) in tests."""
+    """Set the page sizes.
+
+    Tests simulate larger ones: PAGEALLOC_PAGE_BYTES, of 16 or 64 KiB, and the huge pages that go
+    with them on arm64, of 32 or 512 MiB, PAGEALLOC_HUGE_PAGE_BYTES.
+    """
     global page_bytes, real_page_bytes, huge_page_bytes, max_mappings, has_barrier, numa_node_count
     real_bytes = os.sysconf("SC_PAGESIZE")
     wanted_bytes = parse_bytes(
@@ -387,6 +391,15 @@ def _ask_machine() -> None:
             huge_page_bytes = max(int(file.read()), wanted_bytes)
     except (OSError, ValueError):
         pass  # no THP in this kernel, or not Linux: 2 MiB stays the unit of a chunk
+    wanted_bytes = parse_bytes(
+        option_value("huge_page_bytes") or huge_page_bytes, name=_OPTIONS["huge_page_bytes"].env
+    )
+    if wanted_bytes < huge_page_bytes or wanted_bytes & (wanted_bytes - 1):
+        raise ValueError(
+            f"{_OPTIONS['huge_page_bytes'].env}={wanted_bytes}: must be a power of two, and at "
+            f"least the {huge_page_bytes} bytes of a huge page here"
+        )
+    huge_page_bytes = wanted_bytes
     max_mappings = 65530
     try:
         with open("/proc/sys/vm/max_map_count", encoding="ascii") as file:

@@ -27,7 +27,7 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 from pagealloc.core.atomics cimport atomic_add_i64, atomic_store_u16
-from pagealloc.core.backing cimport ERROR_GROWTH
+from pagealloc.core.backing cimport BACKING_HUGETLB, ERROR_GROWTH
 from pagealloc.core.block_map cimport STATE_FREE, STATE_SHARED, known_block_state
 from pagealloc.core.buffer cimport Buffer
 from pagealloc.core.central cimport central_give_back
@@ -282,7 +282,10 @@ cdef int64_t prefault_heap(
     cdef heap_t *c_heap = heap.open_heap()
     cdef size_t page_bytes = os_page_bytes()
     cdef size_t chunk_bytes = min(<size_t>heap.arena_bytes // 2, <size_t>MAX_CHUNK_BYTES)
-    cdef size_t grain_bytes = max(<size_t>CHUNK_BYTES, c_heap.pages.placement.hugetlb_bytes)
+    cdef size_t grain_bytes = (
+        c_heap.pages.placement.hugetlb_bytes if c_heap.pages.placement.ladder == BACKING_HUGETLB
+        else CHUNK_BYTES
+    )
     cdef size_t left_bytes = (nbytes + page_bytes - 1) & ~(page_bytes - 1)
     cdef size_t grow_bytes
     cdef int64_t done_bytes, n_to_stay = 0

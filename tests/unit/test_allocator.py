@@ -681,6 +681,22 @@ def test_huge_page_size_is_a_multiple_of_the_page():
     assert huge_page_size_bytes() % PAGE_BYTES == 0
 
 
+CONTIGUOUS_BYTES = {4 << 10: 64 << 10, 16 << 10: 2 << 20, 64 << 10: 2 << 20}
+"""What arm64 can map by one TLB entry below a huge page, by the size of a page."""
+
+
+@pytest.mark.parametrize("backing", ["base", "auto"])
+@pytest.mark.parametrize("nbytes", [1, 3 << 20, 50 << 20])
+def test_arenas_start_and_end_where_entries_of_a_translation_table_do(backing, nbytes):
+    with PageAllocator(backing=backing) as allocator, allocator.alloc(nbytes) as buffer:
+        (arena,) = allocator.stats().arenas
+        unit_bytes = max(2 << 20, CONTIGUOUS_BYTES[PAGE_BYTES])
+        if arena.achieved_backing != "base":
+            unit_bytes = huge_page_size_bytes()
+        assert arena.address % unit_bytes == arena.reserved_bytes % unit_bytes == 0
+        assert buffer.address % PAGE_BYTES == arena.committed_bytes % PAGE_BYTES == 0
+
+
 def test_a_new_thp_arena_holds_nothing():
     """The touch that proves the backing is given back."""
     with PageAllocator(backing="thp") as allocator:

@@ -8,7 +8,7 @@ import pytest
 from benches import import_bench
 from mappings import CAN_WEIGH
 
-from pagealloc import page_size_bytes
+from pagealloc import huge_page_size_bytes, page_size_bytes
 
 import_bench()
 from bench import bench_memory, physical, workers  # noqa: E402
@@ -79,6 +79,9 @@ def test_what_is_used_is_seen_from_outside():
 
 @needs_physical_bytes
 @pytest.mark.skipif(page_size_bytes() > 16 << 10, reason="four blocks share a page")
+@pytest.mark.skipif(
+    huge_page_size_bytes() > 2 * MIB, reason="simulated huge pages back nothing: there is no thp"
+)
 def test_sparse_blocks():
     def is_given_back():
         rows = bench_memory.sparse_rows(LITTLE)

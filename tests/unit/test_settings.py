@@ -7,7 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pagealloc import BackingUnavailableError, OutOfMemoryError, PageAllocator, page_size_bytes
+from pagealloc import (
+    BackingUnavailableError,
+    OutOfMemoryError,
+    PageAllocator,
+    huge_page_size_bytes,
+    page_size_bytes,
+)
 from pagealloc.core.machine_memory import available_bytes
 from pagealloc.core.os_memory import refusing
 
@@ -143,7 +149,9 @@ def test_a_node_that_is_not_there():
 
 @pytest.mark.parametrize("backing", ["base", "auto", "thp"])
 def test_a_kernel_that_refuses_to_bind(backing):
-    with PageAllocator(backing=backing, numa_node=nodes()[0]) as allocator:
+    with PageAllocator(
+        backing=backing, numa_node=nodes()[0], arena_bytes=max(64 << 20, huge_page_size_bytes())
+    ) as allocator:
         with refusing("mbind"), pytest.raises(BackingUnavailableError, match="mbind"):
             allocator.alloc(1)
         assert allocator.stats().reserved_bytes == 0

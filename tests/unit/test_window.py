@@ -201,7 +201,7 @@ def test_holes_stay_holes(store):
 
 
 def test_windows_of_different_length_share(store):
-    short, long = Window(store, "2MiB"), Window(store, "32MiB")
+    short, long = Window(store, "2MiB"), Window(store, 4 * huge_page_size_bytes())
     short.commit(0, PAGE)
     long.share_from(short, 0, PAGE)
     with pytest.raises(PageBoundaryError, match="ends at"):
