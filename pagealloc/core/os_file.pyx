@@ -61,28 +61,25 @@ cdef int os_file_grow(int fd, int64_t nbytes) noexcept nogil:
     return 0
 
 
-cdef int os_file_commit(int fd, int64_t offset, int64_t nbytes) noexcept nogil:
-    """Allocate the file's pages in the range; ENOSPC or ENOMEM instead of a later SIGBUS."""
+cdef int allocate(int fd, int mode, int64_t offset, int64_t nbytes) noexcept nogil:
     cdef int status = -1
     while status != 0:
         if os_refused(CALL_FALLOCATE):
             return errno
-        status = fallocate(fd, 0, offset, nbytes)
+        status = fallocate(fd, mode, offset, nbytes)
         if status != 0 and errno != EINTR:
             return errno
     return 0
+
+
+cdef int os_file_commit(int fd, int64_t offset, int64_t nbytes) noexcept nogil:
+    """Allocate the file's pages in the range; ENOSPC or ENOMEM instead of a later SIGBUS."""
+    return allocate(fd, 0, offset, nbytes)
 
 
 cdef int os_file_punch(int fd, int64_t offset, int64_t nbytes) noexcept nogil:
     """Give the range's pages back and leave a hole."""
-    cdef int status = -1
-    while status != 0:
-        if os_refused(CALL_FALLOCATE):
-            return errno
-        status = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, nbytes)
-        if status != 0 and errno != EINTR:
-            return errno
-    return 0
+    return allocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, nbytes)
 
 
 cdef int os_file_write(int fd, const void *source, size_t nbytes, int64_t offset) noexcept nogil:

@@ -42,10 +42,6 @@ cdef struct place_t:        # of a walk that lets go of the mutex
     int64_t serial          # the arena's, or what is left if it is gone
     int64_t piece
 
-cdef struct splits_t:       # during one trim
-    int64_t n
-    int64_t purged_bytes
-
 
 cdef arena_t *arena_at(page_heap_t *pages, place_t *place) noexcept nogil:
     """The arena the walk is at, or the next one; NULL at the end."""
@@ -207,12 +203,9 @@ cdef int64_t page_heap_end_trim(page_heap_t *pages, int64_t begun_at_bytes) noex
     Returns the physical bytes that went back since the trim began, also by what others freed.
     """
     cdef int64_t n_splits_before = os_n_huge_pages_split(), n_seen, unseen_bytes = 0, purged_bytes
-    cdef int64_t begun_at_ns = trace_now_ns()
-    cdef splits_t splits
+    cdef int64_t begun_at_ns = trace_now_ns(), n_splits = 0, split_bytes = 0
     cdef place_t place
     cdef arena_t *arena
-    splits.n = 0
-    splits.purged_bytes = 0
     place.serial = INT64_MAX
     place.piece = 0
     mutex_lock(&pages.mutex)
@@ -222,9 +215,11 @@ cdef int64_t page_heap_end_trim(page_heap_t *pages, int64_t begun_at_bytes) noex
             break
         if place.piece < arena.n_pieces and not arena.dedicated:
             purged_bytes = page_purge_split(pages, arena, place.piece)
-            splits.n += purged_bytes > 0
-            splits.purged_bytes += purged_bytes
-            purge_piece(pages, arena, place.piece)
+            if purged_bytes:
+                n_splits += 1
+                split_bytes += purged_bytes
+            else:
+                purge_piece(pages, arena, place.piece)
             place.piece += 1
         else:
             if is_one_free_run(arena):
@@ -233,10 +228,10 @@ cdef int64_t page_heap_end_trim(page_heap_t *pages, int64_t begun_at_bytes) noex
             place.piece = 0
         mutex_unlock(&pages.mutex)
         mutex_lock(&pages.mutex)
-    if splits.n:
+    if n_splits:
         n_seen = os_n_huge_pages_split() - n_splits_before if n_splits_before >= 0 else 0
-        if n_seen < splits.n:       # the rest goes back when the machine runs short of memory
-            unseen_bytes = splits.purged_bytes // splits.n * (splits.n - max(n_seen, <int64_t>0))
+        if n_seen < n_splits:       # the rest goes back when the machine runs short of memory
+            unseen_bytes = split_bytes // n_splits * (n_splits - max(n_seen, <int64_t>0))
     pages.n_trims -= 1
     pages.purged_bytes -= unseen_bytes
     purged_bytes = pages.purged_bytes - begun_at_bytes

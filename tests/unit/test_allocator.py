@@ -4,9 +4,12 @@ import errno
 import gc
 import itertools
 import mmap
+import os
 import queue
 import random
 import resource
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -679,6 +682,28 @@ def test_thp_refused_by_name_is_an_error_with_the_command():
 
 def test_huge_page_size_is_a_multiple_of_the_page():
     assert huge_page_size_bytes() % PAGE_BYTES == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("PAGEALLOC_PAGE_BYTES", "2048", "must be a power of two between this machine's page"),
+        ("PAGEALLOC_PAGE_BYTES", "12288", "must be a power of two between this machine's page"),
+        ("PAGEALLOC_HUGE_PAGE_BYTES", "1MiB", "must be a power of two, and at least"),
+        ("PAGEALLOC_HUGE_PAGE_BYTES", "6MiB", "must be a power of two, and at least"),
+    ],
+)
+def test_sizes_that_cannot_be_simulated(name, value, message):
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", "import pagealloc"],
+        env=os.environ | {name: value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert f"ValueError: {name}=" in run.stderr
+    assert message in run.stderr
 
 
 CONTIGUOUS_BYTES = {4 << 10: 64 << 10, 16 << 10: 2 << 20, 64 << 10: 2 << 20}

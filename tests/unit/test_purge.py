@@ -364,10 +364,6 @@ def test_without_a_pagemap_mincore_counts():
 # --- packing ---
 
 
-def address_of(buffer):
-    return np.frombuffer(buffer, np.uint8).ctypes.data
-
-
 def test_slots_come_from_the_fullest_slab():
     """So that the emptier ones run empty, and go back."""
     with PageAllocator(backing="base", purge_after_s=None) as allocator:
@@ -376,17 +372,17 @@ def test_slots_come_from_the_fullest_slab():
         blocks = [allocator.alloc(1024) for _ in range(4 * n_slots)]
         slabs = {}
         for block in blocks:
-            slabs.setdefault(address_of(block) // slab_bytes, []).append(block)
+            slabs.setdefault(block.address // slab_bytes, []).append(block)
         blocks.clear()
         whole = [slab for slab in slabs.values() if len(slab) == n_slots]
         fullest, half, emptiest = whole[:3]
         kept = fullest[4:] + half[n_slots // 2 :] + emptiest[:2]
-        room = {address_of(block) for block in fullest[:4]}
+        room = {block.address for block in fullest[:4]}
         slabs.clear()
         # What is freed last would be taken first, if it were not for how full the slabs are.
         del whole, fullest, half, emptiest, block
         allocator.trim()
         taken = [allocator.alloc(1024) for _ in range(4)]
-        assert {address_of(block) for block in taken} == room
+        assert {block.address for block in taken} == room
         allocator.check()
         del kept, taken
