@@ -28,7 +28,11 @@ DIRECTIVES = {
     "initializedcheck": False,
 }
 # Compiled against NumPy's C API, of which no more is used than the oldest NumPy supported has.
-NUMPY_MODULES = ("pagealloc.core.numpy_handler",)
+NUMPY_MODULES = (
+    "pagealloc.core.numpy_handler",
+    "pagealloc.kv.row_copy",
+    "pagealloc.kv.sequence_rows",
+)
 NUMPY_MACROS = [
     ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION"),  # 1.26's as well
     ("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"),

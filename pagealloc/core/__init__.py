@@ -67,10 +67,11 @@ this by reading the table below)::
     5  store_registry   all stores of the process, and what fork() does with them
     5  window_pages     one window: its mappings and the extents behind them, nogil
     6  huge_pages       whole huge pages of a window backed by huge pages, where the kernel can
-    7  remap            commit, share, make_private, release: all or nothing
+    7  window_plan      a change of what stands behind a window's pages: planned, then applied
+    8  remap            commit, share, make_private, release, shift: what each of them means
     7  extents          ExtentStore: the Python face of one memfd
-    8  window_view      WindowView: a range of a window, exported through the buffer protocol
-    9  window           Window: the Python face of one address range
+    9  window_view      WindowView: a range of a window, exported through the buffer protocol
+    10  window          Window: the Python face of one address range
 
 Everything below the Buffer is nogil and reports failure by NULL or a code; Python exceptions
 are raised at the Python boundary only.

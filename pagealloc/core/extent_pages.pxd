@@ -28,7 +28,6 @@ ctypedef struct extent_t:
     interval_map_t refs     # page of the window -> windows that map it; 0: stale
     extent_t *next          # in its window's chain, or in the free list
     extent_t *next_stale
-    extent_t *next_in_store
 
 ctypedef struct view_t:     # a live view; part of the object that exports it
     int64_t offset_bytes
@@ -43,7 +42,7 @@ ctypedef struct window_t:
     store_t *store
     char *address               # NULL: closed, or lost in a fork
     int64_t n_pages
-    interval_map_t sources      # page -> extent_t * behind it; committed pages only
+    interval_map_t sources      # page -> file page behind it, less page; committed pages only
     extent_t *own               # mapped wherever nothing is committed; first of the chain
     int64_t n_committed_pages   # pages in sources
     int64_t n_mappings
@@ -67,7 +66,9 @@ ctypedef struct store_t:
     int64_t n_references        # sum of refs
     int64_t n_mappings          # what this store's windows cost the process
     int64_t n_windows
-    extent_t *extents
+    extent_t **extents          # by first_page, n_extents of them
+    int64_t n_extents
+    int64_t extents_capacity
     extent_t *stale_extents
     extent_t *free_extents[N_ORDERS]
     window_t *windows
@@ -76,6 +77,8 @@ ctypedef struct store_t:
     store_t *next
 
 cdef int64_t extent_offset(const extent_t *extent, int64_t page) noexcept nogil
+cdef int64_t extent_pages(const extent_t *extent) noexcept nogil
+cdef extent_t *extent_at(const store_t *store, int64_t file_page) noexcept nogil
 
 # The mutex: to change something; to look; likewise, false if that means waiting.
 cdef int store_enter(store_t *store) noexcept nogil

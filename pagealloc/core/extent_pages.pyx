@@ -3,9 +3,10 @@
 Purpose
     The page source of windows.  tmpfs is the page allocator; this room keeps its books.
 Structure
-    The store's one file is cut into *extents*, each shaped like the window it was made for: page
-    p of any window lies at page p of some extent.  Hence neighbouring pages of one extent always
-    map as one range, and a page is named by (extent, page).
+    The store's one file is cut into *extents*, each as long as the window it was made for.  Page
+    p of a window lies at page p of some extent, unless rows were moved by mapping (`remap`), or
+    that place was taken.  Neighbours in a window are neighbours in the file wherever possible, for
+    those map as one range.  A page is named by (extent, page).
 
         file   | extent of window A | extent of B  | spare, in a free list | second one of A ..
         refs     1 1 2 2 - - - -      1 1 - - - -    - - - - - - - -         - - 1 - - - - -
@@ -33,7 +34,7 @@ Units
 
 from libc.errno cimport EFBIG, ENOMEM
 from libc.stdint cimport INT64_MAX, int64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 
 from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64
 from pagealloc.core.interval_map cimport (
@@ -58,8 +59,27 @@ cdef int64_t process_mappings = 0   # what the windows of all stores cost; atomi
 
 
 cdef int64_t extent_offset(const extent_t *extent, int64_t page) noexcept nogil:
-    """Where the window's `page` lies in the file, in bytes."""
+    """Where the extent's `page` lies in the file, in bytes."""
     return (extent.first_page + page) * page_bytes
+
+
+cdef int64_t extent_pages(const extent_t *extent) noexcept nogil:
+    """Its length."""
+    return pages_per_huge << extent.order
+
+
+cdef extent_t *extent_at(const store_t *store, int64_t file_page) noexcept nogil:
+    """The extent that this page of the file belongs to, NULL behind the last."""
+    cdef int64_t low = 0, high = store.n_extents, middle
+    if file_page < 0 or file_page >= store.n_file_pages:
+        return NULL
+    while high - low > 1:
+        middle = (low + high) // 2
+        if store.extents[middle].first_page <= file_page:
+            low = middle
+        else:
+            high = middle
+    return store.extents[low]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,6 +225,8 @@ cdef int extent_new(store_t *store, int64_t n_pages, extent_t **found) noexcept 
         length_pages = pages_per_huge << order
         if length_pages > INT64_MAX // page_bytes - store.n_file_pages:
             return EFBIG
+        if reserve_extent(store):
+            return ENOMEM
         extent = <extent_t *>calloc(1, sizeof(extent_t))
         if extent == NULL:
             return ENOMEM
@@ -214,12 +236,26 @@ cdef int extent_new(store_t *store, int64_t n_pages, extent_t **found) noexcept 
             return error
         extent.first_page = store.n_file_pages
         extent.order = order
-        extent.next_in_store = store.extents
-        store.extents = extent
+        store.extents[store.n_extents] = extent
+        store.n_extents += 1
         store.n_file_pages += length_pages
     extent.next = NULL
     extent.is_attached = True
     found[0] = extent
+    return 0
+
+
+cdef int reserve_extent(store_t *store) noexcept nogil:
+    """Make room for one more in `extents`."""
+    cdef int64_t capacity = 2 * store.extents_capacity if store.extents_capacity else 8
+    cdef extent_t **extents
+    if store.n_extents < store.extents_capacity:
+        return 0
+    extents = <extent_t **>realloc(store.extents, <size_t>capacity * sizeof(extent_t *))
+    if extents == NULL:
+        return ENOMEM
+    store.extents = extents
+    store.extents_capacity = capacity
     return 0
 
 
@@ -237,7 +273,7 @@ cdef void free_if_unused(store_t *store, extent_t *extent) noexcept nogil:
     # Reading a hole allocates its page, and nobody books that: leave none behind.  If the kernel
     # refuses, the next window here meets a page of zeros that held bytes show and the books don't.
     os_file_punch(
-        store.fd, extent_offset(extent, 0), (pages_per_huge << extent.order) * page_bytes
+        store.fd, extent_offset(extent, 0), extent_pages(extent) * page_bytes
     )
     extent.next = store.free_extents[extent.order]
     store.free_extents[extent.order] = extent
@@ -280,15 +316,15 @@ cdef bint store_may_map(const store_t *store, int64_t n_mappings) noexcept nogil
 
 cdef void store_close_file(store_t *store) noexcept nogil:
     """The kernel frees every page with the file."""
-    cdef extent_t *extent = store.extents
-    cdef extent_t *next_extent
+    cdef int64_t i
     store.is_closed = True
-    while extent != NULL:
-        next_extent = extent.next_in_store
-        imap_destroy(&extent.refs)
-        free(extent)
-        extent = next_extent
-    store.extents = store.stale_extents = NULL
+    for i in range(store.n_extents):
+        imap_destroy(&store.extents[i].refs)
+        free(store.extents[i])
+    free(store.extents)
+    store.extents = NULL
+    store.n_extents = store.extents_capacity = 0
+    store.stale_extents = NULL
     store.n_committed_pages = store.n_stale_pages = store.n_references = 0
     os_file_close(store.fd)
     store.fd = -1
@@ -297,10 +333,14 @@ cdef void store_close_file(store_t *store) noexcept nogil:
 cdef const char *store_broken_invariant(store_t *store, int64_t held_bytes) noexcept nogil:
     """What is wrong with the store, or NULL."""
     cdef int64_t n_committed = 0, n_stale = 0, n_references = 0, n_mapped = 0, n_mappings = 0
-    cdef int64_t extent_references, i
-    cdef extent_t *extent = store.extents
+    cdef int64_t extent_references, i, j, end_page = 0
+    cdef extent_t *extent
     cdef window_t *window = store.windows
-    while extent != NULL:
+    for j in range(store.n_extents):
+        extent = store.extents[j]
+        if extent.first_page != end_page:
+            return "extents do not lie one behind the other in the file"
+        end_page += extent_pages(extent)
         if not imap_is_valid(&extent.refs):
             return "an extent's refs are no interval map"
         extent_references = 0
@@ -314,7 +354,6 @@ cdef const char *store_broken_invariant(store_t *store, int64_t held_bytes) noex
         if extent_references != extent.n_references:
             return "an extent's n_references is not the sum of its refs"
         n_references += extent_references
-        extent = extent.next_in_store
     while window != NULL:
         n_mapped += window.n_committed_pages
         n_mappings += window.n_mappings

@@ -27,7 +27,6 @@ from pagealloc.core.os_memory cimport (
     os_page_bytes,
     os_populate_write,
 )
-from pagealloc.core.window_pages cimport extent_of
 
 cdef int64_t page_bytes = os_page_bytes()
 cdef int64_t pages_per_huge = os_huge_page_bytes() // os_page_bytes()
@@ -59,13 +58,13 @@ cdef void populate_huge_pages(
 
 
 cdef bint is_own_and_private(window_t *window, int64_t first_page, int64_t n_pages) noexcept nogil:
-    """True if all these pages are committed, from the own extent, for this window alone."""
+    """True if all these pages are committed, each from its place in the own extent, for it alone."""
     cdef interval_t run
     cdef int64_t page = first_page
     cdef int64_t end_page = first_page + n_pages
     if not imap_next(&window.sources, &page, end_page, &run):
         return False
-    if run.n_pages != n_pages or extent_of(&run) != window.own:
+    if run.n_pages != n_pages or run.value != window.own.first_page:
         return False
     page = first_page
     return imap_next(&window.own.refs, &page, end_page, &run) and (

@@ -8,6 +8,11 @@ from libc.stdint cimport int64_t
 
 from pagealloc.core.extent_pages cimport window_t
 
+ctypedef struct shift_t:
+    int64_t first_page
+    int64_t n_pages
+    int64_t target_page     # < first_page
+
 cdef int window_commit(window_t *window, int64_t first_page, int64_t n_pages) noexcept nogil
 cdef int window_release(window_t *window, int64_t first_page, int64_t n_pages) noexcept nogil
 cdef int window_share(
@@ -16,3 +21,4 @@ cdef int window_share(
 cdef int window_make_private(
     window_t *window, int64_t first_page, int64_t n_pages, int64_t *n_copied_pages
 ) noexcept nogil
+cdef int window_shift(window_t *window, const shift_t *shifts, int64_t n_shifts) noexcept nogil

@@ -25,17 +25,21 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 from pagealloc.core.extent_pages cimport (
+    store_is_frozen,
     store_leave,
     view_t,
     window_t,
 )
 from pagealloc.core.extents cimport ExtentStore
+from pagealloc.core.interval_map cimport imap_next, interval_t
 from pagealloc.core.os_memory cimport os_huge_page_bytes, os_page_bytes
 from pagealloc.core.remap cimport (
+    shift_t,
     window_commit,
     window_make_private,
     window_release,
     window_share,
+    window_shift,
 )
 from pagealloc.core.window_pages cimport (
     WINDOW_CLOSED,
@@ -239,6 +243,45 @@ cdef class Window:
             self.require(code, "make_private", offset, nbytes)
         return n_copied_pages * page_bytes
 
+    def move_pages(self, moves: list[tuple[int, int, int]]) -> None:
+        """Map committed pages further to the front, in place of what stands there; all or none.
+
+        Bytes are not copied.  Where the pages were, and no others came, nothing is committed.
+
+        Parameters
+        ----------
+        moves : list of (source, target, nbytes)
+            Ranges of whole pages, ``target < source``; different moves meet no common page.
+
+        Raises
+        ------
+        ValueError, PageBoundaryError
+            Negative numbers, not whole pages, or not to the front; a page to move is not committed,
+            or a range leaves the window.
+        BufferError
+            A live view covers a page that would change.
+        OutOfMemoryError
+            The kernel refused, or the process has too many mappings: all is as before.
+        ClosedError, ForkedError
+        """
+        cdef int64_t n_moves = len(moves), i, n_pages = 0
+        cdef int code
+        cdef shift_t *shifts = <shift_t *>malloc(<size_t>max(n_moves, 1) * sizeof(shift_t))
+        if shifts == NULL:
+            raise MemoryError("no memory to move a window's pages")
+        try:
+            for i, (source, target, nbytes) in enumerate(moves):
+                self.find(target, nbytes, True, &shifts[i].target_page, &n_pages)
+                self.find(source, nbytes, True, &shifts[i].first_page, &shifts[i].n_pages)
+                if target >= source:
+                    raise ValueError(f"pages at {source} move to the front, not to {target}")
+            with nogil:
+                code = window_shift(self.pages, shifts, n_moves)
+        finally:
+            free(shifts)
+        if code:
+            self.require(code, "move_pages", moves[0][1], moves[0][2])
+
     def is_private(self, offset: int, nbytes: int) -> bool:
         """Return True if no other window maps a committed page that covers the range.
 
@@ -441,6 +484,42 @@ cdef class Window:
             f"{format_bytes(self.committed_bytes)} committed, {self.n_mappings} mappings, "
             f"{self.n_views} views>"
         )
+
+    cdef char *memory(self) noexcept:
+        """Where it is mapped, NULL once closed; the GIL keeps it so, or a view."""
+        return NULL if self.pages.is_closed else self.pages.address
+
+    cdef int64_t n_bytes(self) noexcept:
+        return self.pages.n_pages * page_bytes
+
+    cdef bint is_frozen(self) noexcept:
+        """True in a process that inherited it through fork()."""
+        return store_is_frozen(self.store.books)
+
+    cdef WindowView view_of(self, int64_t offset_bytes, int64_t nbytes, int64_t mark):
+        """A read-only view of committed bytes inside the window; None if they are not."""
+        cdef WindowView view = WindowView.__new__(WindowView)
+        cdef int64_t first_page = offset_bytes // page_bytes
+        view.entry.offset_bytes = offset_bytes
+        view.entry.nbytes = nbytes
+        view.entry.mark = mark
+        if view.attach(
+            self, self.store, self.pages, first_page,
+            (offset_bytes + nbytes + page_bytes - 1) // page_bytes - first_page,
+        ):
+            return None
+        return view
+
+    cdef bint is_one_run(self, int64_t offset_bytes, int64_t nbytes) noexcept:
+        """True if one run of pages of the file stands behind all these bytes."""
+        cdef int64_t page = offset_bytes // page_bytes
+        cdef int64_t end_page = (offset_bytes + nbytes + page_bytes - 1) // page_bytes
+        cdef interval_t run
+        cdef bint is_one
+        self.store.lock()
+        is_one = imap_next(&self.pages.sources, &page, end_page, &run) and page == end_page
+        store_leave(self.store.books)
+        return is_one
 
     cdef int find(
         self, object offset, object nbytes, bint is_aligned, int64_t *first_page, int64_t *n_pages

@@ -4,10 +4,9 @@ Conventions: a function that returns ``int`` returns 0, an errno value, a code o
 or one of the codes below.  Pages unless a name says bytes.
 """
 
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t
 
 from pagealloc.core.extent_pages cimport extent_t, store_t, view_t, window_t
-from pagealloc.core.interval_map cimport interval_t
 
 cdef enum:
     WINDOW_CLOSED = -11
@@ -23,9 +22,15 @@ ctypedef struct page_use_t:     # one entry of window_uses
     int64_t n_references
     bint is_own
 
-cdef inline extent_t *extent_of(const interval_t *run) noexcept nogil:
-    """The extent behind a run of `window_t.sources`."""
-    return <extent_t *><uintptr_t>run.value
+ctypedef struct piece_t:        # a run of a window's committed pages, all of one extent
+    int64_t first_page
+    int64_t n_pages
+    extent_t *extent
+    int64_t extent_page         # where first_page lies in it
+
+cdef bint window_next_piece(
+    const window_t *window, int64_t *page, int64_t end_page, piece_t *piece
+) noexcept nogil
 
 # These take the mutex.
 cdef int window_open(store_t *store, int64_t n_pages, window_t **window) noexcept nogil
@@ -41,6 +46,7 @@ cdef void windows_forget_abandoned(store_t *store) noexcept nogil
 cdef bint window_is_private(
     const window_t *window, int64_t first_page, int64_t n_pages
 ) noexcept nogil
+cdef bint window_owns(const window_t *window, const extent_t *extent) noexcept nogil
 cdef bint window_has_writable_view(
     const window_t *window, int64_t first_page, int64_t n_pages
 ) noexcept nogil

@@ -11,14 +11,17 @@ Structure
         sources    extent of A    own    -         -          - : uncommitted
         mapped     extent of A    own ------------------      two mappings
 
-    The own extent is the first of a chain: when it has no room for a copy the next one takes it.
+    `sources` carries, for each committed page, its page in the file less its page in the window:
+    a run of equal values is what the kernel maps as one range.  A *piece* is such a run as far as
+    it lies in one extent.  The own extent is the first of a chain: when it has no room for a copy
+    the next one takes it.
 Invariants
     sources knows a page iff the page is committed here
     refs(extent, page) = windows whose sources name that extent for that page
     a page that sources does not know is mapped to the own extent
     a page is private, and may be written, iff its refs = 1
     n_committed_pages = pages that sources knows
-    n_mappings = ranges of neighbouring pages that are mapped to one extent
+    n_mappings = ranges of neighbouring pages that are mapped to neighbours in the file
 Locking
     The store's mutex.  window_open and window_abandon take it; window_enter
     returns with it held; the rest wants it held.
@@ -31,10 +34,12 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
 
 from pagealloc.core.extent_pages cimport (
+    extent_at,
     extent_dereference,
     extent_detach,
     extent_new,
     extent_offset,
+    extent_pages,
     extent_t,
     store_add_window,
     store_count_mappings,
@@ -118,14 +123,16 @@ cdef int window_close(window_t *window) noexcept nogil:
     cdef store_t *store = window.store
     cdef extent_t *extent = window.own
     cdef extent_t *next_extent
-    cdef interval_t *run
-    cdef int64_t i
+    cdef piece_t piece
+    cdef int64_t page = 0, n_pieces = 0
     cdef int code
     if window.n_views:
         return WINDOW_VIEWED
-    for i in range(window.sources.n_runs):
-        run = &window.sources.runs[i]
-        if imap_reserve(&extent_of(run).refs, 4 * window.sources.n_runs):
+    while window_next_piece(window, &page, window.n_pages, &piece):
+        n_pieces += 1
+    page = 0
+    while window_next_piece(window, &page, window.n_pages, &piece):
+        if imap_reserve(&piece.extent.refs, 4 * n_pieces):
             return ENOMEM
     if window.address != NULL:
         code = os_release(window.address, <size_t>(window.n_pages * page_bytes))
@@ -137,9 +144,9 @@ cdef int window_close(window_t *window) noexcept nogil:
         window.is_closed = True
     window.address = NULL
     if not store_is_frozen(store):  # else the pages are the parent's
-        for i in range(window.sources.n_runs):
-            run = &window.sources.runs[i]
-            extent_dereference(store, extent_of(run), run.first_page, run.n_pages)
+        page = 0
+        while window_next_piece(window, &page, window.n_pages, &piece):
+            extent_dereference(store, piece.extent, piece.extent_page, piece.n_pages)
         while extent != NULL:
             next_extent = extent.next
             extent_detach(store, extent)
@@ -201,6 +208,25 @@ cdef int window_enter(window_t *window) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # Looking
 
+cdef bint window_next_piece(
+    const window_t *window, int64_t *page, int64_t end_page, piece_t *piece
+) noexcept nogil:
+    """Step through the committed pages in [page, end_page), extent by extent; false at the end."""
+    cdef interval_t run
+    cdef int64_t room
+    if not imap_next(&window.sources, page, end_page, &run):
+        return False
+    piece.extent = extent_at(window.store, run.value + run.first_page)
+    piece.extent_page = run.value + run.first_page - piece.extent.first_page
+    room = extent_pages(piece.extent) - piece.extent_page
+    if run.n_pages > room:      # two extents that are neighbours in the file
+        run.n_pages = room
+        page[0] = run.first_page + room
+    piece.first_page = run.first_page
+    piece.n_pages = run.n_pages
+    return True
+
+
 cdef inline bint covers(const view_t *view, int64_t first_page, int64_t n_pages) noexcept nogil:
     cdef int64_t start_bytes = first_page * page_bytes
     return (
@@ -238,11 +264,12 @@ cdef bint window_is_private(
 ) noexcept nogil:
     """True if no other window maps a committed page of the range."""
     cdef int64_t page = first_page, shared_page
-    cdef interval_t run, shared
-    while imap_next(&window.sources, &page, first_page + n_pages, &run):
-        shared_page = run.first_page
+    cdef piece_t piece
+    cdef interval_t shared
+    while window_next_piece(window, &page, first_page + n_pages, &piece):
+        shared_page = piece.extent_page
         while imap_next(
-            &extent_of(&run).refs, &shared_page, run.first_page + run.n_pages, &shared
+            &piece.extent.refs, &shared_page, piece.extent_page + piece.n_pages, &shared
         ):
             if shared.value > 1:
                 return False
@@ -287,42 +314,50 @@ cdef int64_t window_uses(
 ) noexcept nogil:
     """List the committed page runs of equal standing; how many there are, even past `capacity`."""
     cdef int64_t page = 0, shared_page, n_uses = 0
-    cdef interval_t run, shared
-    cdef extent_t *extent
-    while imap_next(&window.sources, &page, window.n_pages, &run):
-        shared_page = run.first_page
+    cdef piece_t piece
+    cdef interval_t shared
+    while window_next_piece(window, &page, window.n_pages, &piece):
+        shared_page = piece.extent_page
         while imap_next(
-            &extent_of(&run).refs, &shared_page, run.first_page + run.n_pages, &shared
+            &piece.extent.refs, &shared_page, piece.extent_page + piece.n_pages, &shared
         ):
             if n_uses < capacity:
-                uses[n_uses].first_page = shared.first_page
+                uses[n_uses].first_page = piece.first_page + shared.first_page - piece.extent_page
                 uses[n_uses].n_pages = shared.n_pages
-                uses[n_uses].file_offset = extent_offset(extent_of(&run), shared.first_page)
+                uses[n_uses].file_offset = extent_offset(piece.extent, shared.first_page)
                 uses[n_uses].n_references = shared.value
-                extent = window.own
-                while extent != NULL and extent != extent_of(&run):
-                    extent = extent.next
-                uses[n_uses].is_own = extent != NULL
+                uses[n_uses].is_own = window_owns(window, piece.extent)
             n_uses += 1
     return n_uses
 
 
+cdef bint window_owns(const window_t *window, const extent_t *extent) noexcept nogil:
+    """True if the extent is in the window's chain."""
+    cdef const extent_t *own = window.own
+    while own != NULL and own != extent:
+        own = own.next
+    return own != NULL
+
+
 cdef const char *window_broken_invariant(const window_t *window) noexcept nogil:
     """What is wrong with the window, or NULL."""
-    cdef int64_t i, page, n_committed = 0
-    cdef interval_t *run
-    cdef interval_t piece
+    cdef int64_t page = 0, extent_page, n_committed = 0
+    cdef piece_t piece
+    cdef interval_t part
     if not imap_is_valid(&window.sources):
         return "a window's sources are no interval map"
-    for i in range(window.sources.n_runs):
-        run = &window.sources.runs[i]
-        n_committed += run.n_pages
-        page = run.first_page
-        if imap_next_gap(&extent_of(run).refs, &page, run.first_page + run.n_pages, &piece):
+    while window_next_piece(window, &page, window.n_pages, &piece):
+        n_committed += piece.n_pages
+        extent_page = piece.extent_page
+        if imap_next_gap(
+            &piece.extent.refs, &extent_page, piece.extent_page + piece.n_pages, &part
+        ):
             return "a window maps a page that refs do not know"
-        page = run.first_page
-        while imap_next(&extent_of(run).refs, &page, run.first_page + run.n_pages, &piece):
-            if piece.value < 1:
+        extent_page = piece.extent_page
+        while imap_next(
+            &piece.extent.refs, &extent_page, piece.extent_page + piece.n_pages, &part
+        ):
+            if part.value < 1:
                 return "a window maps a page without references"
     if n_committed != window.n_committed_pages:
         return "a window's committed pages are not those in its sources"
@@ -332,20 +367,26 @@ cdef const char *window_broken_invariant(const window_t *window) noexcept nogil:
 
 
 cdef int64_t mappings_of(const window_t *window) noexcept nogil:
-    """Count from page to page where another extent begins to be mapped."""
-    cdef extent_t *current = NULL
+    """Count from page to page where other than the file's next page begins to be mapped."""
+    cdef int64_t home, i, n_mappings = 0, end_page = 0
+    cdef int64_t current = -1
+    cdef bint is_first = True
     cdef interval_t *run
-    cdef int64_t i, n_mappings = 0, end_page = 0
+    if window.own == NULL:
+        return 0
+    home = window.own.first_page
     for i in range(window.sources.n_runs):
         run = &window.sources.runs[i]
-        if end_page < run.first_page and current != window.own:
+        if end_page < run.first_page and (is_first or current != home):
             n_mappings += 1
-            current = window.own
-        if current != extent_of(run):
+            current = home
+            is_first = False
+        if is_first or current != run.value:
             n_mappings += 1
-            current = extent_of(run)
+            current = run.value
+            is_first = False
         end_page = run.first_page + run.n_pages
-    return n_mappings + (end_page < window.n_pages and current != window.own)
+    return n_mappings + (end_page < window.n_pages and (is_first or current != home))
 
 
 cdef void window_count_mappings(window_t *window) noexcept nogil:

@@ -31,6 +31,7 @@ from pagealloc.units import format_bytes
 
 @cython.final
 @cython.no_gc
+@cython.freelist(64)
 cdef class WindowView:
     """Bytes of a window, for the buffer protocol: ``np.frombuffer(view)``, ``memoryview(view)``.
 

@@ -96,7 +96,7 @@ class PagedKV:
 
     def __init__(self, sequence: Sequence) -> None:
         self._sequence = sequence
-        self._dtype = np.dtype(sequence.cache.layout.dtype)
+        self._dtype = np.dtype(sequence.cache.layout.k_dtype)
 
     def __len__(self) -> int:
         return len(self._sequence)

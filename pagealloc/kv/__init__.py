@@ -27,7 +27,9 @@ lengths), sequence, cache.
 
 from pagealloc.kv.cache import KVCache
 from pagealloc.kv.layout import KVLayout
+from pagealloc.kv.rope import Rope
+from pagealloc.kv.row_table import is_page_safe
 from pagealloc.kv.sequence import Sequence
 from pagealloc.kv.stats import KVStats
 
-__all__ = ["KVCache", "KVLayout", "KVStats", "Sequence"]
+__all__ = ["KVCache", "KVLayout", "KVStats", "Rope", "Sequence", "is_page_safe"]

@@ -24,7 +24,7 @@ import operator
 from typing import TYPE_CHECKING, NamedTuple
 
 from pagealloc.errors import PageBoundaryError
-from pagealloc.kv.layout import round_up
+from pagealloc.kv.layer_rows import round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -40,6 +40,7 @@ __all__ = [
     "page_spans",
     "pages_of",
     "pages_of_rows",
+    "pages_to_shift",
     "row_spans",
     "span_of_rows",
     "subtract",
@@ -86,7 +87,7 @@ def check_rows(layout: KVLayout, layer: int, start: int, end: int, n_tokens: int
     if token >= 0:
         offset = layout.row_offset(layer, token, 0)
         where = f"at offset {offset} (page {offset // layout.page_bytes})"
-    last_end = layout.row_offset(layer, n_tokens - 1, 1) + layout.v_row_bytes if n_tokens else 0
+    last_end = _end_of_row(layout, layer, n_tokens - 1, 1) if n_tokens else 0
     raise PageBoundaryError(
         f"layer {layer}, token {token} {where} is outside the {n_tokens} committed rows of the "
         f"layer, which end at {last_end if n_tokens else layout.row_offset(layer, 0, 0)}"
@@ -97,7 +98,7 @@ def check_room(layout: KVLayout, layer: int, start: int, end: int) -> None:
     """Raise PageBoundaryError unless the window has room for tokens [start, end) of a layer."""
     check_layer(layout, layer)
     if end > layout.max_tokens:
-        offset = layout.row_offset(layer, layout.max_tokens - 1, 1) + layout.v_row_bytes
+        offset = _end_of_row(layout, layer, layout.max_tokens - 1, 1)
         raise PageBoundaryError(
             f"layer {layer}, token {layout.max_tokens} would lie past the window: {end - start} "
             f"tokens after token {start} were asked, max_tokens={layout.max_tokens} leaves room "
@@ -129,10 +130,11 @@ def span_of_rows(layout: KVLayout, place: tuple[int, int], start: int, end: int)
     layer, kv = place
     if start >= end:
         return Span(0, 0)
-    row_bytes = layout.v_row_bytes if kv else layout.k_row_bytes
-    return Span(
-        layout.row_offset(layer, start, kv), layout.row_offset(layer, end - 1, kv) + row_bytes
-    )
+    return Span(layout.row_offset(layer, start, kv), _end_of_row(layout, layer, end - 1, kv))
+
+
+def _end_of_row(layout: KVLayout, layer: int, token: int, kv: int) -> int:
+    return layout.row_offset(layer, token, kv) + layout.row_bytes(layer, kv)
 
 
 def page_spans(layout: KVLayout, spans: Iterable[Span]) -> list[Span]:
@@ -157,7 +159,7 @@ def pages_of_rows(layout: KVLayout, layer: int, start: int, end: int) -> list[Sp
         return [Span(first * layout.block_bytes, last * layout.block_bytes)]
     if layout.order == "interleaved":  # K and V lie in one piece
         first = layout.row_offset(layer, start, 0) & -layout.page_bytes
-        last = layout.row_offset(layer, end - 1, 1) + layout.v_row_bytes
+        last = _end_of_row(layout, layer, end - 1, 1)
         return [Span(first, round_up(last, layout.page_bytes))]
     return page_spans(
         layout, [span for kv in (0, 1) for span in row_spans(layout, layer, start, end, kv)]
@@ -176,6 +178,25 @@ def pages_of(layout: KVLayout, layer_lengths: Sequence[int]) -> list[Span]:
             for span in pages_of_rows(layout, layer, 0, n_tokens)
         ],
     )
+
+
+def pages_to_shift(
+    layout: KVLayout, layer: int, tokens: tuple[int, int], target: int
+) -> list[tuple[Span, int]]:
+    """Return which pages to map where, so that tokens [start, end) of a layer come to `target`.
+
+    All three lie where a multiple of ``layout.remap_tokens`` does, but for the end, whose last page
+    or block moves as a whole.
+    """
+    start, end = tokens
+    if layout.order != "split":
+        pages = pages_of_rows(layout, layer, start, end)
+        return [(span, layout.row_offset(layer, target, 0)) for span in pages]
+    spans = (span_of_rows(layout, (layer, kv), start, end) for kv in (0, 1))
+    return [
+        (page_spans(layout, [span])[0], layout.row_offset(layer, target, kv))
+        for kv, span in enumerate(spans)
+    ]
 
 
 def subtract(spans: Sequence[Span], kept: Sequence[Span]) -> list[Span]:
@@ -208,8 +229,8 @@ def covered_end(layout: KVLayout, layer: int, end: int) -> int:
         covered = layout.max_tokens
         kinds = (0, 1) if layout.order == "split" else (1,)
         for kv in kinds:
-            row_bytes = layout.v_row_bytes if kv else layout.k_row_bytes
-            row_end = layout.row_offset(layer, end - 1, kv) + row_bytes
+            rows = layout.layers[layer]
+            row_end = _end_of_row(layout, layer, end - 1, kv)
             free_bytes = round_up(row_end, layout.page_bytes) - row_end
-            covered = min(covered, end + free_bytes // layout.row_stride)
+            covered = min(covered, end + free_bytes // (rows.v_stride if kv else rows.k_stride))
     return min(covered, layout.max_tokens)

@@ -18,6 +18,7 @@ Locking
 
 from __future__ import annotations
 
+import operator
 import os
 import weakref
 from typing import NoReturn, Self
@@ -25,8 +26,8 @@ from typing import NoReturn, Self
 from pagealloc import ExtentStore, Window
 from pagealloc.errors import ClosedError, ForkedError, InvariantError
 from pagealloc.kv.layout import KVLayout
-from pagealloc.kv.lineage import count_distinct_rows
-from pagealloc.kv.rows import RowWriter
+from pagealloc.kv.lineage import count_distinct_tokens
+from pagealloc.kv.row_table import RowTable
 from pagealloc.kv.sequence import Sequence
 from pagealloc.kv.stats import KVStats, page_table_bytes
 from pagealloc.units import format_bytes
@@ -62,12 +63,14 @@ class KVCache:
     __slots__ = (
         "__weakref__",
         "_layout",
+        "_named",
+        "_next_seq_id",
         "_page_table_bytes_before",
         "_pid",
         "_salt",
         "_sequences",
         "_store",
-        "_writer",
+        "_table",
     )
 
     def __init__(
@@ -83,9 +86,11 @@ class KVCache:
             raise TypeError(f"salt must be str or bytes, not {type(salt).__name__}")
         self._layout = layout
         self._salt = salt
-        self._sequences: dict[int, weakref.ref[Sequence]] = {}
+        self._sequences: dict[int, weakref.ref[Sequence]] = {}  # by seq_id
+        self._named: dict[int, Sequence] = {}  # those that were asked for by seq_id: kept alive
+        self._next_seq_id = 0
         self._page_table_bytes_before = page_table_bytes()
-        self._writer = RowWriter(layout)
+        self._table = RowTable(layout)
         self._pid = os.getpid()
         self._store = ExtentStore(budget_bytes=budget_bytes, name="pagealloc-kv")
         if layout.page_bytes % self._store.page_bytes:
@@ -111,17 +116,49 @@ class KVCache:
         """Whether `close` was called."""
         return self._store.closed
 
-    def sequence(self) -> Sequence:
+    def sequence(self, seq_id: int | None = None) -> Sequence:
         """Return a new, empty sequence.  It reserves address space and commits nothing.
+
+        Parameters
+        ----------
+        seq_id : int, optional
+            Its number.  A sequence that was given one lives until it or the cache is closed; one
+            that was not, and gets the next free one, as long as somebody refers to it.
 
         Raises
         ------
+        ValueError
+            `seq_id` is negative, or an open sequence's.
         OutOfMemoryError
             The kernel refused the address range.
         ClosedError, ForkedError
             The cache is closed, or inherited through ``os.fork()``.
         """
-        return Sequence(self)
+        if seq_id is None:
+            while self._find(self._next_seq_id) is not None:
+                self._next_seq_id += 1
+            seq_id = self._next_seq_id
+            self._next_seq_id += 1
+            return Sequence(self, seq_id)
+        seq_id = _seq_id(seq_id)
+        if self._find(seq_id) is not None:
+            raise ValueError(f"seq_id={seq_id}: this sequence exists; use seq({seq_id})")
+        sequence = Sequence(self, seq_id)
+        self._named[seq_id] = sequence
+        return sequence
+
+    def seq(self, seq_id: int) -> Sequence:
+        """Return the open sequence of this number.
+
+        Raises
+        ------
+        KeyError
+            There is none.
+        """
+        found = self._find(_seq_id(seq_id))
+        if found is None:
+            raise KeyError(f"no open sequence has seq_id={seq_id}")
+        return found
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -130,18 +167,94 @@ class KVCache:
         found = [sequence for reference in references if (sequence := reference()) is not None]
         return [sequence for sequence in found if not sequence.closed]
 
+    # --- by seq_id, with llama.cpp's meaning --------------------------------------------------
+
+    def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> bool:
+        """Remove the tokens at positions [p0, p1) of a sequence, of all if `seq_id` is -1.
+
+        A sequence that does not exist has no tokens.  See `Sequence.rm`, also for what is raised.
+        """
+        if operator.index(seq_id) == -1:
+            for sequence in self.sequences:
+                sequence.rm(p0, p1)
+            return True
+        found = self._find(_seq_id(seq_id))
+        return True if found is None else found.rm(p0, p1)
+
+    def seq_cp(self, source_id: int, target_id: int, p0: int = -1, p1: int = -1) -> None:
+        """Give a sequence the tokens at positions [p0, p1) of another; see `Sequence.cp`.
+
+        A target that does not exist is made, if there is anything to give.
+        """
+        source, target = self._find(_seq_id(source_id)), self._find(_seq_id(target_id))
+        if source is None or source is target:
+            return
+        if target is not None:
+            source.cp(target, p0, p1)
+            return
+        target = self.sequence(target_id)
+        try:
+            source.cp(target, p0, p1)
+        except BaseException:
+            target.close()
+            raise
+        if not len(target):
+            target.close()
+
+    def seq_keep(self, seq_id: int) -> None:
+        """Remove all tokens of all other sequences; see `Sequence.keep`."""
+        seq_id = _seq_id(seq_id)
+        for sequence in self.sequences:
+            if sequence.seq_id != seq_id:
+                sequence.rollback()
+                sequence.rm()
+
+    def seq_add(self, seq_id: int, p0: int, p1: int, delta: int) -> None:
+        """Move tokens of a sequence by `delta` positions; see `Sequence.add`."""
+        found = self._find(_seq_id(seq_id))
+        if found is not None:
+            found.add(p0, p1, delta)
+
+    def seq_div(self, seq_id: int, p0: int, p1: int, d: int) -> None:
+        """Divide positions of a sequence by `d`; see `Sequence.div`."""
+        found = self._find(_seq_id(seq_id))
+        if found is not None:
+            found.div(p0, p1, d)
+
+    def seq_pos_min(self, seq_id: int) -> int:
+        """Return the smallest position in a sequence, -1 if it has no tokens."""
+        found = self._find(_seq_id(seq_id))
+        return -1 if found is None else found.pos_min()
+
+    def seq_pos_max(self, seq_id: int) -> int:
+        """Return the largest position in a sequence, -1 if it has no tokens."""
+        found = self._find(_seq_id(seq_id))
+        return -1 if found is None else found.pos_max()
+
+    def _find(self, seq_id: int) -> Sequence | None:
+        reference = self._sequences.get(seq_id)
+        found = None if reference is None else reference()
+        return None if found is None or found.closed else found
+
+    # --- what it holds ------------------------------------------------------------------------
+
     def stats(self) -> KVStats:
         """Return what the cache holds, needs, shares and wastes now; see `KVStats`."""
         self._check_open()
         layout, sequences = self._layout, self.sequences
         store = self._store.stats()
         tables_bytes = max(0, page_table_bytes() - self._page_table_bytes_before)
-        standing = [(sequence._branch, sum(sequence.layer_lengths)) for sequence in sequences]
+        runs = [run for seq in sequences for run in seq._lineage.all_runs(len(seq))]
+        needed_bytes = count_distinct_tokens(runs) * layout.token_bytes
+        for sequence in sequences:  # rows of a token that not all layers hold yet
+            n_tokens = len(sequence)
+            for length, rows in zip(sequence.layer_lengths, layout.layers, strict=True):
+                needed_bytes += (length - n_tokens) * rows.token_bytes
         return KVStats(
             file_bytes=store.held_bytes,
             page_table_bytes=tables_bytes,
             committed_bytes=store.committed_bytes,
-            needed_bytes=count_distinct_rows(standing, layout.n_layers) * layout.token_stride,
+            needed_bytes=needed_bytes,
             shared_bytes=store.shared_bytes,
             n_sequences=len(sequences),
             n_tokens=sum(len(sequence) for sequence in sequences),
@@ -195,11 +308,20 @@ class KVCache:
         return Window(self._store, self._layout.window_bytes)
 
     def _register(self, sequence: Sequence) -> None:
-        key, registry = id(sequence), self._sequences
-        registry[key] = weakref.ref(sequence, lambda _: registry.pop(key, None))
+        key, registry = sequence.seq_id, self._sequences
+
+        def drop(reference: weakref.ref[Sequence]) -> None:
+            if registry.get(key) is reference:
+                del registry[key]
+
+        registry[key] = weakref.ref(sequence, drop)
 
     def _forget(self, sequence: Sequence) -> None:
-        self._sequences.pop(id(sequence), None)
+        if self._named.get(sequence.seq_id) is sequence:
+            del self._named[sequence.seq_id]
+        reference = self._sequences.get(sequence.seq_id)
+        if reference is not None and reference() is sequence:
+            del self._sequences[sequence.seq_id]
 
     def _check_open(self) -> None:
         if self._store.closed:
@@ -227,3 +349,11 @@ class KVCache:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a KVCache is memory of this process and cannot be pickled or copied")
+
+
+def _seq_id(seq_id: int) -> int:
+    """Return a sequence's number as an int."""
+    number = operator.index(seq_id)
+    if number < 0:
+        raise ValueError(f"seq_id={number}: must not be negative")
+    return number

@@ -1,76 +1,116 @@
-"""Branch: which sequences descend from which, to count rows that several of them share once.
+"""Lineage: which tokens of which sequences are the same, to count shared rows once.
 
 Purpose
     `KVStats.needed_bytes` is what the distinct rows of a cache take.  Pages cannot tell: a tail
     page is copied by whoever writes to it first, and then holds the same rows twice.
 Structure
-    Each sequence stands on a branch of its own.  A branch starts where a fork (or a truncation into
-    shared rows) left its parent::
+    Every token that a sequence writes is a *cell* of that sequence's own *origin*, numbered as
+    they come; a fork has the cells of its parent.  A sequence is a list of runs of cells, in the
+    order of storage, and a tail of own tokens that nobody else can have yet::
 
-        branch A: rows 0 ... 999            sequence = rows of its own branch from `start` on
-                          |-- branch B      + its parent's rows before `start`, and so on up
-                          |-- branch C
+        runs   (A, 0, 1000)  (B, 16, 40)      | tail: own cells from `next_cell` on
+        token  0 .......... 999  1000 ... 1039 | 1040 ......... length
 Invariants
-    branch.start >= branch.parent.start;  only the sequence that stands on a branch adds rows to it.
+    no cell number of an origin names two different tokens that anybody has
+    n_settled == sum of the runs' tokens <= length of the sequence
+Locking
+    None: the sequence's one writer.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Branch", "count_distinct_rows"]
+__all__ = ["Cells", "Lineage", "count_distinct_tokens"]
+
+_origins = itertools.count()
 
 
-class Branch:
-    """Rows from token `start` on that one sequence wrote.
+class Cells(NamedTuple):
+    """Cells ``[first, first + n_tokens)`` of an origin."""
 
-    Parameters
-    ----------
-    parent : Branch or None
-        Where the rows before `start` were written.
-    start : int
-        First token of this branch.
-    """
+    origin: int
+    first: int
+    n_tokens: int
 
-    __slots__ = ("parent", "start")
-
-    def __init__(self, parent: Branch | None = None, start: int = 0) -> None:
-        self.parent = parent
-        self.start = start
-
-    def split(self, n_tokens: int) -> Branch:
-        """Return a new branch that leaves this one after `n_tokens` tokens.
-
-        `n_tokens` may lie before `start`: the new branch then leaves an ancestor.
-        """
-        parent: Branch | None = self
-        while parent is not None and parent.start >= n_tokens:
-            parent = parent.parent
-        return Branch(parent, n_tokens)
+    def cut(self, start: int, end: int) -> Cells:
+        """Return the cells of tokens [start, end) of this run."""
+        return Cells(self.origin, self.first + start, end - start)
 
 
-def count_distinct_rows(standing: Iterable[tuple[Branch, int]], n_layers: int) -> int:
-    """Return how many (layer, token) rows exist, shared ones counted once.
+class Lineage:
+    """The cells of one sequence.
 
     Parameters
     ----------
-    standing : iterable of (Branch, int)
-        Of each sequence its branch and the sum of its layers' lengths.
-    n_layers : int
-        Layers a token has.
+    runs : iterable of Cells
+        Those it starts with, of other sequences.
     """
-    last_row: dict[Branch, int] = {}
-    for leaf, n_rows in standing:
-        branch: Branch | None = leaf
-        end = n_rows
-        while branch is not None:
-            known = last_row.get(branch)
-            last_row[branch] = end if known is None else max(known, end)
-            if known is not None:
-                break  # its ancestors are counted
-            end = branch.start * n_layers
-            branch = branch.parent
-    return sum(end - branch.start * n_layers for branch, end in last_row.items())
+
+    __slots__ = ("n_settled", "next_cell", "origin", "runs")
+
+    def __init__(self, runs: Iterable[Cells] = ()) -> None:
+        self.origin = next(_origins)
+        self.next_cell = 0
+        self.runs = list(runs)
+        self.n_settled = sum(run.n_tokens for run in self.runs)
+
+    def all_runs(self, n_tokens: int) -> list[Cells]:
+        """Return the runs of a sequence of `n_tokens`, its tail included."""
+        n_tail = n_tokens - self.n_settled
+        return [*self.runs, Cells(self.origin, self.next_cell, n_tail)] if n_tail else self.runs
+
+    def settle(self, n_tokens: int) -> None:
+        """Give the tail its cells: somebody else is about to have them, too."""
+        self.runs = list(self.all_runs(n_tokens))
+        self.next_cell += n_tokens - self.n_settled
+        self.n_settled = n_tokens
+
+    def part(self, start: int, end: int) -> list[Cells]:
+        """Return the cells of tokens [start, end), which are settled."""
+        found, position = [], 0
+        for run in self.runs:
+            first, last = max(start - position, 0), min(end - position, run.n_tokens)
+            if first < last:
+                found.append(run.cut(first, last))
+            position += run.n_tokens
+        return found
+
+    def keep(self, n_tokens: int, ranges: Iterable[tuple[int, int]]) -> None:
+        """Drop all of its `n_tokens` tokens but those in ascending ranges [start, end)."""
+        self.settle(n_tokens)
+        self.runs = [run for start, end in ranges for run in self.part(start, end)]
+        self.n_settled = sum(run.n_tokens for run in self.runs)
+
+    def cut(self, n_tokens: int) -> None:
+        """Drop what lies behind the first `n_tokens` tokens."""
+        if n_tokens < self.n_settled:
+            self.keep(self.n_settled, [(0, n_tokens)])
+
+    def renew(self, n_tokens: int, ranges: Iterable[tuple[int, int]]) -> None:
+        """Tokens in these ascending ranges were rewritten: they are nobody else's any more."""
+        self.settle(n_tokens)
+        runs, position = [], 0
+        for start, end in ranges:
+            runs += self.part(position, start)
+            runs.append(Cells(self.origin, self.next_cell, end - start))
+            self.next_cell += end - start
+            position = end
+        self.runs = runs + self.part(position, n_tokens)
+
+
+def count_distinct_tokens(runs: Iterable[Cells]) -> int:
+    """Return how many tokens all these runs are, each counted once."""
+    n_distinct, origin, reach = 0, -1, 0
+    for run in sorted(runs):
+        if run.origin != origin:
+            origin, reach = run.origin, 0
+        end = run.first + run.n_tokens
+        if end > reach:
+            n_distinct += end - max(run.first, reach)
+            reach = end
+    return n_distinct

@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
     from pagealloc import Window
     from pagealloc.kv.layout import KVLayout
+    from pagealloc.kv.sequence_rows import SequenceRows
 
 __all__ = ["RowPages"]
+
+# ruff: noqa: SLF001  the rows of a sequence and the pages behind them are one unit
 
 
 class RowPages:
@@ -46,24 +49,23 @@ class RowPages:
         Where the rows lie in it.
     """
 
-    __slots__ = ("has_shared", "layout", "ready", "surplus", "window")
+    __slots__ = ("has_shared", "layout", "surplus", "window")
 
     def __init__(self, window: Window, layout: KVLayout) -> None:
         self.window = window
         self.layout = layout
-        self.ready = [0] * layout.n_layers
         self.has_shared = False  # whether any page was ever shared
         self.surplus: list[Span] = []
 
-    def make_ready(self, layers: Sequence[int], lengths: Sequence[int], end: int) -> None:
+    def make_ready(self, rows: SequenceRows, layers: Sequence[int], end: int) -> None:
         """Commit and make private the pages of new rows up to `end` of some layers, or of none.
 
         Parameters
         ----------
+        rows : SequenceRows
+            The sequence's rows, whose `ready` is set.
         layers : sequence of int
             Which layers; several only if they are equally long.
-        lengths : sequence of int
-            Tokens of each layer now.
         end : int
             Tokens these layers shall have.
 
@@ -75,6 +77,7 @@ class RowPages:
             The budget or the kernel refused; everything is as it was.
         """
         layout, window = self.layout, self.window
+        lengths, ready = rows.layer_lengths, rows._ready
         for layer in layers:
             boundary.check_room(layout, layer, lengths[layer], end)
         first = lengths[layers[0]]
@@ -99,9 +102,10 @@ class RowPages:
                 layers = [layer for layer, length in enumerate(lengths) if length >= block_start]
             for layer in layers:
                 covered = boundary.covered_end(layout, layer, end)
-                self.ready[layer] = max(self.ready[layer], covered)
+                ready[layer] = max(ready[layer], covered)
+            rows._ready = ready
         except BaseException as error:  # an interrupt, too, may come between any two lines
-            self.release(boundary.subtract(wanted, boundary.pages_of(layout, self.ready)))
+            self.release(boundary.subtract(wanted, boundary.pages_of(layout, rows._ready)))
             if not isinstance(error, OutOfMemoryError):
                 raise
             raise OutOfMemoryError(
@@ -109,11 +113,11 @@ class RowPages:
                 f"sequence is as it was"
             ) from error
 
-    def cut(self, n_tokens: int) -> None:
+    def cut(self, rows: SequenceRows, n_tokens: int) -> None:
         """Release the pages that hold no row before token `n_tokens`."""
         kept = [n_tokens] * self.layout.n_layers
-        pages = boundary.pages_of(self.layout, self.ready)
-        self.ready[:] = kept
+        pages = boundary.pages_of(self.layout, rows._ready)
+        rows._ready = kept
         self.release(boundary.subtract(pages, boundary.pages_of(self.layout, kept)))
 
     def release(self, spans: list[Span]) -> None:
@@ -134,25 +138,29 @@ class RowPages:
                 left.append(span)
         self.surplus = sorted(left)
 
-    def share(self, other: RowPages, lengths: Sequence[int]) -> None:
-        """Map all pages of the `lengths` rows of `other` here, where nothing is committed."""
-        other.ready[:] = lengths
-        self.ready[:] = lengths
+    def share(
+        self, rows: SequenceRows, other: RowPages, other_rows: SequenceRows, n_tokens: int
+    ) -> None:
+        """Map the pages of the first tokens of another sequence here, where nothing is committed."""
+        other_rows._ready = list(other_rows.layer_lengths)
+        lengths = [n_tokens] * self.layout.n_layers
+        rows._ready = lengths
         self.has_shared = other.has_shared = True
         for span in boundary.pages_of(self.layout, lengths):
             self.window.share_from(other.window, span.start, span.nbytes)
 
-    def check(self, lengths: Sequence[int]) -> None:
+    def check(self, rows: SequenceRows) -> None:
         """Raise InvariantError if what the module says must hold does not."""
         layout, window = self.layout, self.window
         window.check()
-        for layer, (length, ready) in enumerate(zip(lengths, self.ready, strict=True)):
+        lengths, all_ready = rows.layer_lengths, rows._ready
+        for layer, (length, ready) in enumerate(zip(lengths, all_ready, strict=True)):
             if not 0 <= length <= ready <= layout.max_tokens:
                 raise InvariantError(f"layer {layer}: length {length}, ready up to {ready}")
             for span in boundary.pages_of_rows(layout, layer, length, ready):
                 if not window.is_private(span.start, span.nbytes):
                     raise InvariantError(f"layer {layer}: {span} is ready but not private")
         runs = [Span(run.offset, run.offset + run.nbytes) for run in window.runs()]
-        expected = [*boundary.pages_of(layout, self.ready), *self.surplus]
+        expected = [*boundary.pages_of(layout, all_ready), *self.surplus]
         if boundary.page_spans(layout, runs) != boundary.page_spans(layout, expected):
             raise InvariantError(f"{runs} are committed for rows {lengths}, not {expected}")

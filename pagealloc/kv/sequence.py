@@ -1,17 +1,16 @@
 """Sequence: the rows of one conversation in one window.
 
 Purpose
-    Append, read, truncate and fork, so that memory is committed before it is touched and no
-    sequence ever sees another one's rows.
+    Append, read, truncate, fork, and change by position, so that memory is committed before it is
+    touched and no sequence ever sees another one's rows.
 Structure
-    ::
-
-        append --> rows fit? --> pages ready? --> copy           a few microseconds
-                                     | no
-                                     v
-                      RowPages.make_ready: commit, make private  once a page or KV block
+    Sequence            whole conversations: here
+      SequenceRows      what every token passes: appending, arrays (Cython)
+      RowPages          the pages behind the rows
+      Lineage           which tokens are whose
+      seq_ops           rm, cp, add, div: by position
 Invariants
-    those of row_pages;  no live array reaches past the rows of its layer
+    those of sequence_rows, row_pages and lineage
 Locking
     None: one writer a sequence, many readers.  fork(), truncate() and close() are writers.
 """
@@ -19,18 +18,16 @@ Locking
 from __future__ import annotations
 
 import operator
-import os
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from pagealloc.errors import ClosedError, ForkedError, PageBoundaryError
-from pagealloc.kv import boundary, views
-from pagealloc.kv.lineage import Branch
+from pagealloc.errors import ClosedError, PageBoundaryError
+from pagealloc.kv import seq_ops, views
+from pagealloc.kv.lineage import Lineage
 from pagealloc.kv.row_pages import RowPages
+from pagealloc.kv.sequence_rows import SequenceRows
 from pagealloc.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy.typing as npt
 
     from pagealloc.kv.cache import KVCache
@@ -40,18 +37,20 @@ __all__ = ["Sequence"]
 # ruff: noqa: SLF001  a fork reaches into its twin; cache and sequences are one unit
 
 
-class Sequence:
+class Sequence(SequenceRows):
     """The K and V rows of one conversation.
 
     Made by `KVCache.sequence` or `fork`.  One thread at a time may change it (append, truncate,
-    fork, close); any number may read.  After ``os.fork()`` the child process can read and close it
-    but not change it, and read only what the parent keeps: rows that it truncates or closes
-    meanwhile read as zeros, or as what came in their place.
+    rm, fork, close, ...); any number may read.  After ``os.fork()`` the child process can read and
+    close it but not change it, and read only what the parent keeps: rows that it truncates or
+    closes meanwhile read as zeros, or as what came in their place.
 
     Parameters
     ----------
     cache : KVCache
         The cache it belongs to.
+    seq_id : int
+        Its number in the cache.
 
     Examples
     --------
@@ -67,47 +66,27 @@ class Sequence:
     >>> cache.close()
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_branch",
-        "_cache",
-        "_layout",
-        "_lengths",
-        "_pages",
-        "_pid",
-        "_ready",
-        "_window",
-        "_writer",
-    )
+    __slots__ = ("__weakref__", "_cache", "_layout", "_lineage", "_pages", "_seq_id")
 
-    def __init__(self, cache: KVCache) -> None:
-        layout = cache.layout
+    def __init__(self, cache: KVCache, seq_id: int) -> None:
         self._cache = cache
-        self._layout = layout
-        self._writer = cache._writer
-        self._window = cache._new_window()
-        self._lengths = [0] * layout.n_layers
-        self._pages = RowPages(self._window, layout)
-        self._ready = self._pages.ready
-        self._branch = Branch()
-        self._pid = os.getpid()
+        self._seq_id = seq_id
+        self._layout = cache.layout
+        self._pages = RowPages(self._window, cache.layout)
+        self._lineage = Lineage()
         cache._register(self)
 
     # --- what it is ---------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        """Tokens that every layer holds."""
-        return min(self._lengths)
-
-    @property
-    def layer_lengths(self) -> tuple[int, ...]:
-        """Tokens that each layer holds."""
-        return tuple(self._lengths)
 
     @property
     def cache(self) -> KVCache:
         """The cache it belongs to."""
         return self._cache
+
+    @property
+    def seq_id(self) -> int:
+        """Its number in the cache, for ``cache.seq_rm(seq_id, ...)`` and its siblings."""
+        return self._seq_id
 
     @property
     def committed_bytes(self) -> int:
@@ -122,101 +101,14 @@ class Sequence:
     def __repr__(self) -> str:
         if self.closed:
             return "<Sequence closed>"
-        shortest, longest = min(self._lengths), max(self._lengths)
+        shortest, longest = min(self.layer_lengths), max(self.layer_lengths)
         tokens = str(shortest) if shortest == longest else f"{shortest} to {longest}"
         return (
-            f"<Sequence of {tokens} tokens, at most {self._layout.max_tokens}; "
+            f"<Sequence {self._seq_id} of {tokens} tokens, at most {self._layout.max_tokens}; "
             f"{format_bytes(self.committed_bytes)} committed>"
         )
 
-    # --- appending ----------------------------------------------------------------------------
-
-    def append(self, layer: int, k: npt.NDArray[Any], v: npt.NDArray[Any]) -> None:
-        """Add rows to one layer.
-
-        Parameters
-        ----------
-        layer : int
-            Which layer; each has its own length until all have had the same rows.
-        k, v : ndarray, shape (T, H, D)
-            Rows of the layout's dtype (``uint16`` for bfloat16), with any strides.  Nothing is
-            converted silently.
-
-        Raises
-        ------
-        TypeError, ValueError
-            The arrays do not fit the layout.
-        PageBoundaryError
-            There is no such layer, or the window has no room for the rows.
-        OutOfMemoryError
-            The budget or the kernel refused the pages; the sequence is as it was.
-        ForkedError
-            This process inherited the sequence through ``os.fork()``.
-        """
-        self._check_writable()
-        n_tokens = self._writer.count(k, v)
-        boundary.check_layer(self._layout, layer)
-        start = self._lengths[layer]
-        end = start + n_tokens
-        if end > self._ready[layer]:
-            self._pages.make_ready((layer,), self._lengths, end)
-        self._writer.write(self._window, layer, start, n_tokens, k, v)
-        self._lengths[layer] = end
-
-    def append_token(self, kv: npt.NDArray[Any]) -> None:
-        """Add one token to all layers, or to none.
-
-        Parameters
-        ----------
-        kv : ndarray, shape (L, 2, H, D)
-            K and V of the token by layer.
-
-        Raises
-        ------
-        ValueError
-            The layers differ in length, besides the errors of `append`.
-        """
-        self._check_writable()
-        self._writer.check_token(kv)
-        start = self._equal_length("append a token")
-        end = start + 1
-        short = [layer for layer, ready in enumerate(self._ready) if ready < end]
-        if short:
-            self._pages.make_ready(short, self._lengths, end)
-        self._writer.write_token(self._window, start, kv)
-        self._lengths = [end] * self._layout.n_layers
-
-    # --- reading ------------------------------------------------------------------------------
-
-    def k(self, layer: int, start: int = 0, end: int | None = None) -> npt.NDArray[Any]:
-        """Return the K rows of a layer, without a copy, read-only.
-
-        Layer-major orders only; in block order a layer has two token axes, see `k_blocks`.
-
-        Parameters
-        ----------
-        layer : int
-            Which layer.
-        start, end : int
-            Tokens ``[start, end)``; to the layer's last row by default.
-
-        Returns
-        -------
-        ndarray, shape (T, H, D)
-            As long as it lives, the sequence cannot be closed, nor truncated below its rows.
-
-        Raises
-        ------
-        PageBoundaryError
-            The layer or the tokens lie outside the committed rows.
-        ValueError
-            The layout is in block order.
-        """
-        return self._rows(layer, 0, start, end)
-
-    def v(self, layer: int, start: int = 0, end: int | None = None) -> npt.NDArray[Any]:
-        """Return the V rows of a layer, without a copy, read-only; as `k`."""
-        return self._rows(layer, 1, start, end)
+    # --- whole KV blocks ----------------------------------------------------------------------
 
     def k_blocks(self, layer: int) -> npt.NDArray[Any]:
         """Return the K rows of a layer by KV block, without a copy, read-only; block order only.
@@ -240,44 +132,32 @@ class Sequence:
         """Return the V rows of a layer by KV block, without a copy, read-only; as `k_blocks`."""
         return self._blocks(layer, 1)
 
-    def _rows(self, layer: int, kv: int, start: int, end: int | None) -> npt.NDArray[Any]:
-        return self._read(
-            lambda lengths: views.row_array(
-                self._window, self._layout, lengths, (layer, kv), (start, end)
-            )
-        )
-
     def _blocks(self, layer: int, kv: int) -> npt.NDArray[Any]:
-        return self._read(
-            lambda lengths: views.block_array(self._window, self._layout, lengths, (layer, kv))
-        )
-
-    def _read(self, make_array: Callable[[list[int]], npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        """Make an array over rows that the writer does not cut at the same time.
-
-        Appending changes `_lengths` in place, cutting puts another list in its place.  Once the
-        array is made, its view keeps the writer from cutting what it covers.
-        """
+        """As `SequenceRows.k`: the array's view keeps the writer from cutting what it covers."""
         while True:
             self._check_open()
-            lengths = self._lengths
+            n_cuts, lengths = self._n_cuts, self.layer_lengths
             try:
-                array = make_array(lengths)
+                array = views.block_array(self._window, self._layout, lengths, (layer, kv))
             except PageBoundaryError:
-                if self._lengths is lengths:
+                if self._n_cuts == n_cuts:
                     raise
                 continue  # the pages went while we looked
-            if self._lengths is lengths:
+            if self._n_cuts == n_cuts:
                 return array
             del array
 
     # --- changing its length ------------------------------------------------------------------
 
+    def _make_ready(self, layers: list[int], end: int) -> None:
+        self._pages.make_ready(self, layers, end)
+
     def truncate(self, n_tokens: int) -> None:
         """Drop all rows from token `n_tokens` on, and release the pages that held no others.
 
-        A page the kernel refuses to let go stays committed, shows as waste in the cache's stats,
-        and every later change of the sequence tries again.
+        Counts tokens as they are stored, whatever their positions; see `rm` for those.  A page the
+        kernel refuses to let go stays committed, shows as waste in the cache's stats, and every
+        later change of the sequence tries again.
 
         Raises
         ------
@@ -308,48 +188,71 @@ class Sequence:
             A live array reaches past the shortest layer.
         """
         self._check_writable()
-        self._cut(min(self._lengths))
+        self._cut(len(self))
 
     def _cut(self, n_tokens: int) -> None:
-        # Shorten first, look at the views then: a reader makes its view first and looks at the
-        # lengths then, so that one of the two notices the other.
-        lengths = self._lengths
-        self._lengths = [n_tokens] * self._layout.n_layers
+        self._hide_rows(n_tokens)
+        self._lineage.cut(n_tokens)
+        self._set_positions(self.positions[:n_tokens])
+        self._pages.cut(self, n_tokens)
+
+    def _hide_rows(self, n_tokens: int) -> None:
+        """Shorten all layers to at most `n_tokens`, if no live array reaches further.
+
+        Shorten first, look at the views then: a reader makes its view first and looks at the cuts
+        then, so that one of the two notices the other.
+        """
+        lengths = self.layer_lengths
+        self._set_lengths([n_tokens] * self._layout.n_layers)
         reach = self._window.highest_mark()
         if reach > n_tokens:
-            self._lengths = lengths
+            self._set_lengths(lengths)
             raise BufferError(
-                f"cannot drop rows from token {n_tokens} on: a live array reaches to token "
-                f"{reach}; delete what k() and v() returned first"
+                f"cannot drop or change rows from token {n_tokens} on: a live array reaches to "
+                f"token {reach}; delete what k() and v() returned first"
             )
-        if n_tokens < self._branch.start:
-            self._branch = self._branch.split(n_tokens)
-        self._pages.cut(n_tokens)
 
-    def fork(self) -> Sequence:
+    def fork(self, n_tokens: int | None = None) -> Sequence:
         """Return a second sequence with the same rows, which shares all pages with this one.
 
         Nothing is copied.  Whichever of the two writes to a page first gets its own copy of it.
+
+        Parameters
+        ----------
+        n_tokens : int, optional
+            Only the first so many tokens; all by default.
 
         Raises
         ------
         ValueError
             The layers differ in length.
+        PageBoundaryError
+            `n_tokens` is negative or more than there are.
         OutOfMemoryError
             The kernel refused the mapping; this sequence is as it was.
         """
         self._check_writable()
-        n_tokens = self._equal_length("fork")
-        child = Sequence(self._cache)
+        length = self._equal_length("fork")
+        n_tokens = length if n_tokens is None else operator.index(n_tokens)
+        if not 0 <= n_tokens <= length:
+            raise PageBoundaryError(
+                f"cannot fork the first {n_tokens} tokens: the sequence holds {length}"
+            )
+        child = self._cache.sequence()
         try:
-            child._pages.share(self._pages, self._lengths)
+            self._share_into(child, n_tokens)
         except BaseException:
             child.close()
             raise
-        child._lengths = self._lengths.copy()
-        child._branch = self._branch.split(n_tokens)
-        self._branch = self._branch.split(n_tokens)
         return child
+
+    def _share_into(self, child: Sequence, n_tokens: int) -> None:
+        """Give the first tokens to a sequence that has none."""
+        child._pages.share(child, self._pages, self, n_tokens)
+        self._lineage.settle(len(self))
+        child._lineage = Lineage(self._lineage.part(0, n_tokens))
+        child._set_positions(self.positions[:n_tokens])
+        child._set_lengths([n_tokens] * self._layout.n_layers)
 
     def close(self) -> None:
         """Give back the pages that no other sequence shares.  A second call does nothing.
@@ -362,29 +265,126 @@ class Sequence:
         self._window.close()
         self._cache._forget(self)
 
+    # --- by position, with llama.cpp's meaning ------------------------------------------------
+
+    def rm(self, p0: int = -1, p1: int = -1) -> bool:
+        """Remove the tokens at positions [p0, p1); the others keep theirs.
+
+        Storage is compacted: by mapping pages elsewhere where what is removed is whole pages of
+        every layer (`KVLayout.remap_tokens`), else by moving rows.
+
+        Parameters
+        ----------
+        p0, p1 : int
+            Positions; a negative `p0` is 0, a negative `p1` is no end.
+
+        Returns
+        -------
+        bool
+            True, as llama.cpp's ``seq_rm`` for caches that can remove any range.
+
+        Raises
+        ------
+        ValueError
+            The layers differ in length.
+        BufferError
+            A live array reaches past the first token to remove.
+        OutOfMemoryError
+            Rows had to be moved in pages that are shared, and there was no memory for copies of
+            them; the sequence is as it was.
+        """
+        return seq_ops.remove(self, p0, p1)
+
+    def cp(self, target: Sequence, p0: int = -1, p1: int = -1) -> None:
+        """Give another sequence the tokens at positions [p0, p1), which keep their positions.
+
+        An empty target shares their pages.  One that holds tokens gets copies behind them, except
+        of tokens that it shares already.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `target` is no sequence of this cache, or the layers of one of the two differ in length.
+        PageBoundaryError, OutOfMemoryError
+            The target has no room; or there is no memory.  The target is as it was.
+        """
+        seq_ops.copy(self, target, p0, p1)
+
+    def keep(self) -> None:
+        """Remove all tokens of all other sequences of the cache.
+
+        Raises
+        ------
+        BufferError
+            A live array covers one of them; those before it are empty, those behind it are not.
+        """
+        self._cache.seq_keep(self._seq_id)
+
+    def add(self, p0: int, p1: int, delta: int) -> None:
+        """Move the tokens at positions [p0, p1) by `delta` positions, and rotate their K along.
+
+        Tokens whose position becomes negative are removed.  Pages that are shared are copied.
+
+        Raises
+        ------
+        ValueError
+            The layout says nothing of `rope`, or the layers differ in length; or a position would
+            leave the range of 32 bits.
+        BufferError
+            A live array reaches past the first token to change.
+        OutOfMemoryError
+            There was no memory for copies of shared pages; the sequence is as it was.
+        """
+        seq_ops.add(self, p0, p1, delta)
+
+    def div(self, p0: int, p1: int, d: int) -> None:
+        """Divide the positions in [p0, p1) by `d`, rounding down, and rotate K along; as `add`."""
+        seq_ops.divide(self, p0, p1, d)
+
+    def slide(self, window_tokens: int, sink_tokens: int = 0) -> int:
+        """Drop the oldest tokens but the first few, so that about `window_tokens` follow them.
+
+        Call it after appending.  Tokens are dropped in steps of `KVLayout.remap_tokens`, so that
+        pages go back to the kernel and nothing but mappings moves; up to a step more than
+        `window_tokens` stay meanwhile.  Positions stay as they are, see `add`.
+
+        Parameters
+        ----------
+        window_tokens : int
+            How many of the newest tokens to keep at least.
+        sink_tokens : int
+            How many of the first tokens to keep for ever ("attention sinks", Xiao et al., 2023).
+
+        Returns
+        -------
+        int
+            How many were dropped.
+
+        Raises
+        ------
+        ValueError
+            A number is negative, or the layers differ in length.
+        BufferError, OutOfMemoryError
+            As `rm`.
+        """
+        return seq_ops.slide(self, window_tokens, sink_tokens)
+
     # --- guards -------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise InvariantError if what the modules say must hold does not."""
         if self.closed:
             return
-        self._pages.check(self._lengths)
+        self._check_rows()
+        self._pages.check(self)
 
     def _check_open(self) -> None:
         if self._window.closed:
             raise ClosedError("the sequence is closed")
 
-    def _check_writable(self) -> None:
-        self._check_open()
-        if os.getpid() != self._pid:
-            raise ForkedError(
-                "this process inherited the sequence through os.fork() and may only read it: its "
-                "memory is shared with the process that made it; build a new KVCache here"
-            )
-
     def _equal_length(self, what: str) -> int:
         """Return the length that all layers have."""
-        lengths = self._lengths
+        lengths = self.layer_lengths
         shortest = min(lengths)
         if max(lengths) != shortest:
             longer = [layer for layer, length in enumerate(lengths) if length != shortest]

@@ -212,7 +212,7 @@ class KVMachine(RuleBasedStateMachine):
             for layer, rows in enumerate(twin.rows)
             for token in range(len(rows))
         }
-        assert stats.needed_bytes == len(distinct) * self.cache.layout.token_stride
+        assert stats.needed_bytes == len(distinct) * self.cache.layout.layers[0].token_bytes
         if CAN_WEIGH:
             self.touch_pages()
             pss_bytes, n_mappings = weigh(self.cache._store.fd)
@@ -233,5 +233,5 @@ def test_sequences_against_the_model(order):
 def test_the_layouts_under_test_share_pages_between_rows():
     """The machine is only worth its time if pages hold rows of several tokens, and layers."""
     layout = KVLayout(N_LAYERS, N_HEADS, HEAD_DIM, MAX_TOKENS, block_tokens=4, order="block")
-    assert page_size_bytes() % layout.token_stride
-    assert layout.layer_base_in_block[1] % page_size_bytes()
+    assert page_size_bytes() % layout.layers[0].k_stride
+    assert layout.layers[1].base % page_size_bytes()

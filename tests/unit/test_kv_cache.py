@@ -11,7 +11,7 @@ import pytest
 from pagealloc.core.os_memory import page_size_bytes
 from pagealloc.errors import ClosedError, OutOfMemoryError
 from pagealloc.kv import KVCache, KVLayout, Sequence
-from pagealloc.kv.lineage import Branch, count_distinct_rows
+from pagealloc.kv.lineage import Lineage, count_distinct_tokens
 
 SMOLLM2 = {"n_layers": 30, "n_kv_heads": 3, "head_dim": 64}
 PAGE = page_size_bytes()
@@ -24,7 +24,7 @@ def small_layout(order="block", **changes):
 
 def fill(seq, n_tokens, value=1):
     layout = seq.cache.layout
-    rows = np.full((n_tokens, layout.n_kv_heads, layout.head_dim), value, layout.storage_dtype)
+    rows = np.full((n_tokens, layout.n_kv_heads, layout.head_dim), value, layout.storage_dtypes[0])
     for layer in range(layout.n_layers):
         seq.append(layer, rows, rows)
 
@@ -190,25 +190,41 @@ def test_repr_shows_what_is_held():
 # --- lineage --------------------------------------------------------------------------------------
 
 
-def test_distinct_rows_of_a_family():
-    root = Branch()
-    child, root_after = root.split(100), root.split(100)
-    grandchild = child.split(120)
-    families = [(root_after, 150 * 2), (child, 120 * 2), (grandchild, 130 * 2)]
-    assert count_distinct_rows(families, 2) == 2 * (100 + 50 + 20 + 10)
-    assert count_distinct_rows(families[:1], 2) == 2 * 150
-    assert count_distinct_rows(families[2:], 2) == 2 * 130
-    assert count_distinct_rows([], 2) == 0
+def fork_of(lineage, n_tokens):
+    lineage.settle(n_tokens)
+    return Lineage(lineage.part(0, n_tokens))
 
 
-def test_distinct_rows_after_a_truncation_into_shared_rows():
-    root = Branch()
-    one, other = root.split(100), root.split(100)
-    shorter = one.split(40)
-    assert shorter.parent is root
-    assert count_distinct_rows([(shorter, 60), (other, 110)], 1) == 100 + 20 + 10
-    assert count_distinct_rows([(shorter, 60)], 1) == 60
-    assert one.split(0).parent is None
+def test_distinct_tokens_of_a_family():
+    root = Lineage()
+    child = fork_of(root, 100)
+    grandchild = fork_of(child, 120)
+    family = [*root.all_runs(150), *child.all_runs(120), *grandchild.all_runs(130)]
+    assert count_distinct_tokens(family) == 100 + 50 + 20 + 10
+    assert count_distinct_tokens(root.all_runs(150)) == 150
+    assert count_distinct_tokens(grandchild.all_runs(130)) == 130
+    assert count_distinct_tokens([]) == 0
+
+
+def test_distinct_tokens_after_a_cut_into_shared_ones():
+    root = Lineage()
+    child = fork_of(root, 100)
+    child.cut(40)
+    assert count_distinct_tokens([*child.all_runs(60), *root.all_runs(110)]) == 100 + 20 + 10
+    assert count_distinct_tokens(child.all_runs(60)) == 60
+    root.cut(70)
+    assert count_distinct_tokens([*child.all_runs(60), *root.all_runs(100)]) == 70 + 20 + 30
+
+
+def test_distinct_tokens_after_a_removal_and_a_rewrite():
+    root = Lineage()
+    child = fork_of(root, 100)
+    child.keep(100, [(0, 10), (90, 100)])
+    assert child.n_settled == 20
+    assert count_distinct_tokens([*child.all_runs(25), *root.all_runs(100)]) == 105
+    child.renew(25, [(5, 15)])
+    assert count_distinct_tokens([*child.all_runs(25), *root.all_runs(100)]) == 115
+    assert sum(run.n_tokens for run in child.all_runs(25)) == 25
 
 
 # --- the bar on fork ------------------------------------------------------------------------------

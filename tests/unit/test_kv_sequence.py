@@ -50,7 +50,7 @@ def read_rows(seq):
     """All rows of a sequence with equal layers, copied: (T, L, 2, H, D)."""
     layout = seq.cache.layout
     rows = np.empty(
-        (len(seq), layout.n_layers, 2, layout.n_kv_heads, layout.head_dim), layout.storage_dtype
+        (len(seq), layout.n_layers, 2, layout.n_kv_heads, layout.head_dim), layout.storage_dtypes[0]
     )
     for layer in range(layout.n_layers):
         if layout.order == "block":
@@ -73,7 +73,7 @@ def first_array(seq, layer=0):
 def test_rows_come_back(order, dtype):
     with make_cache(order, dtype=dtype) as cache:
         seq = cache.sequence()
-        rows = make_rows(130, dtype=cache.layout.storage_dtype.type)
+        rows = make_rows(130, dtype=cache.layout.storage_dtypes[0].type)
         start = 0
         for n_tokens in (1, 7, 0, 50, 16, 33, 23):
             append_rows(seq, rows[start : start + n_tokens])
@@ -142,7 +142,7 @@ def test_arrays_are_read_only_and_lie_in_the_window(cache):
     base = arrays[0, 0].ctypes.data
     for (layer, kv), array in arrays.items():
         assert array.ctypes.data - base == layout.offset(layer, 0, kv)
-        assert array.strides == layout.strides
+        assert array.strides == layout.strides(layer, kv)
         assert not array.flags.writeable
         with pytest.raises(ValueError, match="WRITEABLE"):
             array.flags.writeable = True
@@ -208,7 +208,7 @@ def test_ten_tokens_hold_the_pages_of_ten_tokens(order):
             for kv in (0, 1)
             for offset in (
                 layout.offset(layer, token, kv),
-                layout.offset(layer, token, kv) + layout.k_row_bytes - 1,
+                layout.offset(layer, token, kv) + layout.row_bytes(layer, kv) - 1,
             )
         }
         assert cache.stats().file_bytes == len(touched) * PAGE == seq.committed_bytes

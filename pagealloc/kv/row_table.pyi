@@ -1,0 +1,16 @@
+from typing import NoReturn, Self, final
+
+from pagealloc.kv.layout import KVLayout
+
+@final
+class RowTable:
+    layout: KVLayout
+    is_uniform: bool
+    def __new__(cls, layout: KVLayout) -> Self: ...
+    def place(self, layer: int, token: int, kv: int) -> int: ...
+    def access(
+        self, layer: int, start: int, end: int, kv: int, n_tokens: int
+    ) -> tuple[int, int, int, int]: ...
+    def __reduce__(self) -> NoReturn: ...
+
+def is_page_safe(offset: int, nbytes: int, page_bytes: int | None = None) -> bool: ...
