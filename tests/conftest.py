@@ -24,12 +24,21 @@ QUICK_S = 1.0  # of each test that takes duration_s, in the quick suite
 
 def pytest_addoption(parser):
     parser.addoption(
+        "--long", action="store_true", help="the long suite: 1,000 examples of a state machine"
+    )
+    parser.addoption(
         "--minutes",
         type=float,
         metavar="N",
         help="how long the selected tests that loop for a time (tests/stress) take together; "
         f"unset: {QUICK_S} s each",
     )
+
+
+@pytest.fixture(scope="session")
+def long_suite(request) -> bool:
+    """Whether state machines run their 1,000 examples."""
+    return request.config.getoption("long")
 
 
 @pytest.fixture(scope="session")

@@ -381,7 +381,7 @@ cdef class SequenceRows:
         cdef rows_t rows
         cdef int64_t i, kv, start, first
         cdef char *base
-        pairs = [tuple([as_array(rows) for rows in pair]) for pair in pairs]
+        pairs = [tuple([as_array(part) for part in parts]) for parts in pairs]
         if len(pairs) != self.table.table.n_layers or any([len(pair) != 2 for pair in pairs]):
             raise ValueError(
                 f"a token of this layout is {self.table.table.n_layers} pairs (k, v) of arrays"

@@ -20,19 +20,23 @@ from hypothesis.stateful import (
 from mappings import CAN_WEIGH, weigh
 
 from pagealloc.core.os_memory import page_size_bytes
-from pagealloc.kv import KVCache, KVLayout
+from pagealloc.kv import KVCache, KVLayout, Rope
 
 N_LAYERS, N_HEADS, HEAD_DIM = 2, 2, 150  # rows of 600 bytes: most pages end within a row
 MAX_TOKENS = 40
 MAX_SEQUENCES = 6
+ROPE = Rope(64, base=50.0)
 
 
 class Twin:
-    """A sequence, and the rows it must hold: per layer (T, 2, H, D)."""
+    """A sequence, and what it must hold: rows per layer (T, 2, H, D), and by token where it lies
+    and which it is: tokens that two sequences share are the same one."""
 
-    def __init__(self, seq, rows):
+    def __init__(self, seq, rows, positions=(), names=()):
         self.seq = seq
         self.rows = rows
+        self.positions = list(positions)
+        self.names = list(names)
         self.arrays = []  # live (array, expected, reach)
         self.is_open = True
 
@@ -44,6 +48,19 @@ class Twin:
     def is_even(self):
         return len(set(self.lengths)) == 1
 
+    def keep(self, tokens):
+        self.rows = [rows[tokens] for rows in self.rows]
+        self.positions = [self.positions[token] for token in tokens]
+        self.names = [self.names[token] for token in tokens]
+
+    def cut(self, n_tokens):
+        self.keep(list(range(n_tokens)))
+
+    def selected(self, p0, p1):
+        """The tokens at positions [p0, p1), as llama.cpp means them."""
+        end = 1 << 40 if p1 < 0 else p1
+        return [i for i, position in enumerate(self.positions) if max(p0, 0) <= position < end]
+
     @property
     def reach(self):
         return max((reach for _, _, reach in self.arrays), default=0)
@@ -51,26 +68,35 @@ class Twin:
 
 class KVMachine(RuleBasedStateMachine):
     order: str
+    pad_rows: bool
 
     twins = Bundle("twins")
 
     def __init__(self):
         super().__init__()
-        layout = KVLayout(N_LAYERS, N_HEADS, HEAD_DIM, MAX_TOKENS, order=self.order, block_tokens=4)
+        layout = KVLayout(
+            N_LAYERS, N_HEADS, HEAD_DIM, MAX_TOKENS, order=self.order, block_tokens=4, rope=ROPE,
+            pad_rows=self.pad_rows,
+        )  # fmt: skip
         self.cache = KVCache(layout)
         self.open = []
-        self.next_value = 0
+        self.next_value = self.next_name = 0
 
     def new_rows(self, *shape):
-        """Rows that occur nowhere else."""
+        """Rows that hardly occur elsewhere."""
         n_values = int(np.prod(shape, dtype=int))
         values = np.arange(self.next_value, self.next_value + n_values, dtype=np.uint32)
         self.next_value += n_values
-        # Bit patterns rather than numbers: all 65,536 are told apart, NaNs included.
-        return (values * np.uint32(40503)).astype(np.uint16).view(np.float16).reshape(shape)
+        # Bit patterns rather than numbers: 32,768 are told apart, all finite, for add() computes.
+        bits = (values * np.uint32(40503)).astype(np.uint16) & np.uint16(0xBFFF)
+        return bits.view(np.float16).reshape(shape)
 
-    def add(self, seq, rows):
-        twin = Twin(seq, rows)
+    def new_names(self, n_tokens):
+        self.next_name += n_tokens
+        return range(self.next_name - n_tokens, self.next_name)
+
+    def add(self, seq, rows, positions=(), names=()):
+        twin = Twin(seq, rows, positions, names)
         self.open.append(twin)
         return twin
 
@@ -96,6 +122,10 @@ class KVMachine(RuleBasedStateMachine):
             rows = self.new_rows(n_tokens, 2, N_HEADS, HEAD_DIM)
             twin.seq.append(layer, rows[:, 0], rows[:, 1])
             twin.rows[layer] = np.concatenate([twin.rows[layer], rows])
+            n_new = twin.lengths[layer] - len(twin.positions)
+            first = max(twin.positions, default=-1) + 1
+            twin.positions += range(first, first + n_new)
+            twin.names += self.new_names(max(n_new, 0))
 
     @rule(twin=twins)
     def append_token(self, twin):
@@ -107,6 +137,8 @@ class KVMachine(RuleBasedStateMachine):
                 twin.seq.append_token(token)
             return
         twin.seq.append_token(token)
+        twin.positions.append(max(twin.positions, default=-1) + 1)
+        twin.names += self.new_names(1)
         twin.rows = [
             np.concatenate([rows, token[layer][None]]) for layer, rows in enumerate(twin.rows)
         ]
@@ -124,7 +156,7 @@ class KVMachine(RuleBasedStateMachine):
                 twin.seq.truncate(n_tokens)
         else:
             twin.seq.truncate(n_tokens)
-            twin.rows = [rows[:n_tokens] for rows in twin.rows]
+            twin.cut(n_tokens)
 
     @rule(twin=twins)
     def rollback(self, twin):
@@ -136,7 +168,7 @@ class KVMachine(RuleBasedStateMachine):
                 twin.seq.rollback()
         else:
             twin.seq.rollback()
-            twin.rows = [rows[:n_tokens] for rows in twin.rows]
+            twin.cut(n_tokens)
 
     @rule(target=twins, twin=twins)
     def fork(self, twin):
@@ -146,7 +178,87 @@ class KVMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="cannot fork"):
                 twin.seq.fork()
             return twin
-        return self.add(twin.seq.fork(), list(twin.rows))
+        return self.add(twin.seq.fork(), list(twin.rows), twin.positions, twin.names)
+
+    @rule(twin=twins, p0=st.integers(-1, 50), n_positions=st.sampled_from((-60, 0, 1, 4, 8, 9, 32)))
+    def rm(self, twin, p0, n_positions):
+        if not twin.is_open:
+            return
+        p1 = p0 + n_positions
+        if not twin.is_even:
+            with pytest.raises(ValueError, match="cannot remove"):
+                twin.seq.rm(p0, p1)
+            return
+        gone = set(twin.selected(p0, p1))
+        if gone and twin.reach > min(gone):
+            with pytest.raises(BufferError, match="live array"):
+                twin.seq.rm(p0, p1)
+            return
+        assert twin.seq.rm(p0, p1)
+        twin.keep([token for token in range(len(twin.positions)) if token not in gone])
+
+    @rule(twin=twins, window=st.integers(0, 20), sinks=st.integers(0, 5))
+    def slide(self, twin, window, sinks):
+        if not twin.is_open or not twin.is_even or twin.reach > sinks:
+            return
+        n_dropped = twin.seq.slide(window, sinks)
+        n_tokens = len(twin.positions)
+        assert n_tokens - n_dropped >= min(n_tokens, window + sinks)
+        assert n_tokens - n_dropped < window + sinks + self.cache.layout.remap_tokens
+        twin.keep([*range(min(sinks, n_tokens)), *range(sinks + n_dropped, n_tokens)])
+
+    @rule(twin=twins, other=twins, p0=st.integers(-1, 30), n_positions=st.integers(-40, 30))
+    def cp(self, twin, other, p0, n_positions):
+        if not (twin.is_open and other.is_open and twin.is_even and other.is_even):
+            return
+        p1 = p0 + n_positions
+        chosen = twin.selected(p0, p1)
+        if other is not twin:
+            chosen = [token for token in chosen if twin.names[token] not in other.names]
+        n_after = len(other.positions) + len(chosen)
+        if other is not twin and n_after > MAX_TOKENS:
+            with pytest.raises(IndexError, match="leaves room"):
+                twin.seq.cp(other.seq, p0, p1)
+            return
+        twin.seq.cp(other.seq, p0, p1)
+        if other is twin:
+            return
+        other.rows = [
+            np.concatenate([rows, more[chosen]])
+            for rows, more in zip(other.rows, twin.rows, strict=True)
+        ]
+        other.positions += [twin.positions[token] for token in chosen]
+        other.names += [twin.names[token] for token in chosen]
+
+    @rule(twin=twins, p0=st.integers(-1, 50), n_positions=st.integers(-60, 30), by=st.integers(-9, 9))
+    def add_positions(self, twin, p0, n_positions, by):
+        self.shift(twin, p0, p0 + n_positions, lambda position: position + by, "add", by)
+
+    @rule(twin=twins, p0=st.integers(-1, 50), n_positions=st.integers(-60, 30), d=st.integers(1, 4))
+    def divide_positions(self, twin, p0, n_positions, d):
+        self.shift(twin, p0, p0 + n_positions, lambda position: position // d, "div", d)
+
+    def shift(self, twin, p0, p1, change, name, by):
+        if not twin.is_open or not twin.is_even:
+            return
+        after = {token: change(twin.positions[token]) for token in twin.selected(p0, p1)}
+        after = {token: to for token, to in after.items() if to != twin.positions[token]}
+        if after and twin.reach > min(after):
+            with pytest.raises(BufferError, match="live array"):
+                getattr(twin.seq, name)(p0, p1, by)
+            return
+        getattr(twin.seq, name)(p0, p1, by)
+        moved = [token for token, to in after.items() if to >= 0]
+        deltas = np.array([after[token] - twin.positions[token] for token in moved], np.int64)
+        for layer, rows in enumerate(twin.rows):
+            rows = rows.copy()
+            rotated = ROPE.rotate(rows[moved, 0].astype(np.float32), deltas)
+            rows[moved, 0] = rotated.astype(np.float16)
+            twin.rows[layer] = rows
+        for token, fresh in zip(moved, self.new_names(len(moved)), strict=True):
+            twin.positions[token], twin.names[token] = after[token], fresh
+        gone = {token for token, to in after.items() if to < 0}
+        twin.keep([token for token in range(len(twin.positions)) if token not in gone])
 
     @rule(twin=twins, layer=st.integers(0, N_LAYERS - 1), kv=st.integers(0, 1))
     def hold_array(self, twin, layer, kv):
@@ -178,12 +290,16 @@ class KVMachine(RuleBasedStateMachine):
 
     def assert_rows(self, array, rows):
         flat = array.reshape(-1, N_HEADS, HEAD_DIM)
+        rows = np.ascontiguousarray(rows)
         np.testing.assert_array_equal(flat[: len(rows)].view(np.uint16), rows.view(np.uint16))
 
     @invariant()
     def every_side_has_its_own_rows(self):
         for twin in self.open:
             assert twin.seq.layer_lengths == tuple(twin.lengths)
+            assert twin.seq.positions.tolist() == twin.positions
+            assert twin.seq.pos_max() == max(twin.positions, default=-1)
+            assert twin.seq.pos_min() == min(twin.positions, default=-1)
             for layer in range(N_LAYERS):
                 for kv in (0, 1):
                     self.assert_rows(self.read(twin.seq, layer, kv), twin.rows[layer][:, kv])
@@ -206,13 +322,11 @@ class KVMachine(RuleBasedStateMachine):
         assert stats.committed_bytes == stats.file_bytes
         unshared_bytes = sum(twin.seq.committed_bytes for twin in self.open)
         assert stats.shared_bytes == unshared_bytes - stats.committed_bytes
-        distinct = {
-            rows[token].tobytes() + bytes([layer])
-            for twin in self.open
-            for layer, rows in enumerate(twin.rows)
-            for token in range(len(rows))
-        }
-        assert stats.needed_bytes == len(distinct) * self.cache.layout.layers[0].token_bytes
+        whole = {name for twin in self.open for name in twin.names[: min(twin.lengths)]}
+        n_rows = N_LAYERS * len(whole) + sum(
+            length - min(twin.lengths) for twin in self.open for length in twin.lengths
+        )
+        assert stats.needed_bytes == n_rows * self.cache.layout.layers[0].token_bytes
         if CAN_WEIGH:
             self.touch_pages()
             pss_bytes, n_mappings = weigh(self.cache._store.fd)
@@ -224,10 +338,14 @@ class KVMachine(RuleBasedStateMachine):
         self.cache.close()
 
 
+@pytest.mark.parametrize("pad_rows", [False, True], ids=["packed", "padded"])
 @pytest.mark.parametrize("order", ["interleaved", "split", "block"])
-def test_sequences_against_the_model(order):
-    machine = type(f"{order.title()}Machine", (KVMachine,), {"order": order})
-    run_state_machine_as_test(machine, settings=settings(max_examples=110, stateful_step_count=20))
+def test_sequences_against_the_model(order, pad_rows, long_suite):
+    machine = type(f"{order.title()}Machine", (KVMachine,), {"order": order, "pad_rows": pad_rows})
+    n_examples = 1000 if long_suite else 60
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=n_examples, stateful_step_count=20)
+    )
 
 
 def test_the_layouts_under_test_share_pages_between_rows():
