@@ -30,6 +30,7 @@ DIRECTIVES = {
 # Compiled against NumPy's C API, of which no more is used than the oldest NumPy supported has.
 NUMPY_MODULES = (
     "pagealloc.core.numpy_handler",
+    "pagealloc.kv.batch_rows",
     "pagealloc.kv.row_copy",
     "pagealloc.kv.sequence_rows",
 )

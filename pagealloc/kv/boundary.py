@@ -37,6 +37,7 @@ __all__ = [
     "check_room",
     "check_rows",
     "covered_end",
+    "overlap",
     "page_spans",
     "pages_of",
     "pages_of_rows",
@@ -216,6 +217,11 @@ def subtract(spans: Sequence[Span], kept: Sequence[Span]) -> list[Span]:
         if start < span.end:
             left.append(Span(start, span.end))
     return left
+
+
+def overlap(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
+    """Return what of `spans` lies in `others`; both ascending and without overlap."""
+    return subtract(spans, subtract(spans, others))
 
 
 def covered_end(layout: KVLayout, layer: int, end: int) -> int:

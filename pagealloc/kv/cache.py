@@ -21,16 +21,25 @@ from __future__ import annotations
 import operator
 import os
 import weakref
-from typing import NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from pagealloc import ExtentStore, Window
 from pagealloc.errors import ClosedError, ForkedError, InvariantError
+from pagealloc.kv.batches import append_batch, gather
 from pagealloc.kv.layout import KVLayout
 from pagealloc.kv.lineage import count_distinct_tokens
+from pagealloc.kv.pressure import Pressure
 from pagealloc.kv.row_table import RowTable
 from pagealloc.kv.sequence import Sequence
 from pagealloc.kv.stats import KVStats, page_table_bytes
+from pagealloc.kv.warm_windows import WarmWindows
 from pagealloc.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from collections.abc import Sequence as Items
+
+    import numpy.typing as npt
 
 __all__ = ["KVCache"]
 
@@ -48,6 +57,21 @@ class KVCache:
         Most bytes of pages it may hold, such as ``"4GiB"``; no limit but the machine's by default.
     salt : str or bytes, optional
         Names the owner.  Nothing is shared across salts, and each cache has its own memory file.
+    purge_after_s : float
+        How long the window of a closed sequence stays warm, its pages committed for the next
+        sequence, before they go back to the kernel by themselves; 0: they go at once.
+    high_watermark : float
+        Share of the budget above which `on_pressure` is called.
+    on_pressure : callable, optional
+        Called with the cache by whoever made it grow past the watermark, once until it has shrunk
+        again; and when a request is refused though warm windows and evictable sequences have gone.
+        It may close or shorten sequences.  What it raises comes out of the call that grew.
+
+    Notes
+    -----
+    The budget is hard.  At the limit a request closes warm windows, then evictable sequences, the
+    longest unused first, then asks `on_pressure`, and then raises `OutOfMemoryError`; the sequence
+    it is for stays whole.  Windows of closed sequences pass between sequences of this cache only.
 
     Examples
     --------
@@ -67,10 +91,12 @@ class KVCache:
         "_next_seq_id",
         "_page_table_bytes_before",
         "_pid",
+        "_pressure",
         "_salt",
         "_sequences",
         "_store",
         "_table",
+        "_warm",
     )
 
     def __init__(
@@ -79,11 +105,18 @@ class KVCache:
         *,
         budget_bytes: int | str | None = None,
         salt: str | bytes | None = None,
+        purge_after_s: float = 0.5,
+        high_watermark: float = 0.9,
+        on_pressure: Callable[[KVCache], Any] | None = None,
     ) -> None:
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
         if salt is not None and not isinstance(salt, str | bytes):
             raise TypeError(f"salt must be str or bytes, not {type(salt).__name__}")
+        if not purge_after_s >= 0:
+            raise ValueError(f"purge_after_s={purge_after_s!r}: at least 0 is possible")
+        self._pressure = Pressure(high_watermark, on_pressure)
+        self._warm = WarmWindows(purge_after_s)
         self._layout = layout
         self._salt = salt
         self._sequences: dict[int, weakref.ref[Sequence]] = {}  # by seq_id
@@ -116,14 +149,16 @@ class KVCache:
         """Whether `close` was called."""
         return self._store.closed
 
-    def sequence(self, seq_id: int | None = None) -> Sequence:
-        """Return a new, empty sequence.  It reserves address space and commits nothing.
+    def sequence(self, seq_id: int | None = None, *, evictable: bool = False) -> Sequence:
+        """Return a new, empty sequence.  It takes a warm window, or reserves address space.
 
         Parameters
         ----------
         seq_id : int, optional
             Its number.  A sequence that was given one lives until it or the cache is closed; one
             that was not, and gets the next free one, as long as somebody refers to it.
+        evictable : bool
+            Whether the cache may close it to make room for others, as for a stored prompt.
 
         Raises
         ------
@@ -139,11 +174,11 @@ class KVCache:
                 self._next_seq_id += 1
             seq_id = self._next_seq_id
             self._next_seq_id += 1
-            return Sequence(self, seq_id)
+            return Sequence(self, seq_id, evictable=evictable)
         seq_id = _seq_id(seq_id)
         if self._find(seq_id) is not None:
             raise ValueError(f"seq_id={seq_id}: this sequence exists; use seq({seq_id})")
-        sequence = Sequence(self, seq_id)
+        sequence = Sequence(self, seq_id, evictable=evictable)
         self._named[seq_id] = sequence
         return sequence
 
@@ -166,6 +201,74 @@ class KVCache:
         references = list(self._sequences.values())
         found = [sequence for reference in references if (sequence := reference()) is not None]
         return [sequence for sequence in found if not sequence.closed]
+
+    # --- many sequences at once ---------------------------------------------------------------
+
+    def append_batch(
+        self,
+        sequences: Iterable[Sequence],
+        kv: npt.NDArray[Any],
+        *,
+        positions: Items[int] | None = None,
+    ) -> None:
+        """Add one token to each of some sequences, or to none: a decode step.
+
+        Parameters
+        ----------
+        sequences : iterable of Sequence
+            Different ones of this cache, S of them.
+        kv : ndarray, shape (S, L, 2, H, D)
+            K and V of each one's token by layer.
+        positions : sequence of int, optional
+            Position of each token; behind each sequence's largest by default.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The array does not fit; a sequence is another cache's, or in it twice, or its layers
+            differ in length; or the layout's rows are not all of one shape and type.
+        PageBoundaryError
+            A window has no room for another token.
+        OutOfMemoryError
+            There is no memory for all of them; no sequence has grown.
+        ClosedError, ForkedError
+            A sequence is closed, or inherited through ``os.fork()``.
+        """
+        append_batch(self, sequences, kv, positions)
+
+    def gather(
+        self,
+        sequences: Iterable[Sequence],
+        layer: int,
+        kv: Literal["k", "v"],
+        *,
+        out: npt.NDArray[Any] | None = None,
+    ) -> npt.NDArray[Any]:
+        """Copy the rows of a layer of some sequences into one array, one behind the other.
+
+        Parameters
+        ----------
+        sequences : iterable of Sequence
+            Different ones of this cache.
+        layer : int
+            Which layer.
+        kv : {"k", "v"}
+            Which rows.
+        out : ndarray, optional
+            Where to put them: contiguous, and exactly as large.
+
+        Returns
+        -------
+        ndarray, shape (sum of T, H, D)
+            Sequence i's rows end where ``np.cumsum`` of the lengths says.
+
+        Raises
+        ------
+        ValueError, PageBoundaryError, ClosedError
+            A sequence is another cache's, or in it twice; `out` does not fit; there is no such
+            layer; or a sequence is closed.
+        """
+        return gather(self, sequences, layer, kv, out)
 
     # --- by seq_id, with llama.cpp's meaning --------------------------------------------------
 
@@ -256,6 +359,7 @@ class KVCache:
             committed_bytes=store.committed_bytes,
             needed_bytes=needed_bytes,
             shared_bytes=store.shared_bytes,
+            warm_bytes=self._warm.nbytes,
             n_sequences=len(sequences),
             n_tokens=sum(len(sequence) for sequence in sequences),
             budget_bytes=store.budget_bytes,
@@ -290,10 +394,12 @@ class KVCache:
             return
         sequences = self.sequences
         n_views = sum(sequence._window.n_views for sequence in sequences)
+        self._warm.close_all()
         if n_views or self._store.n_windows > len(sequences):
             raise BufferError(
                 "cannot close the cache: arrays that k() and v() returned are still alive"
             )
+        self._warm.purge_after_s = 0.0  # what closes from here on goes at once
         for sequence in sequences:
             sequence.close()
         self._store.close()
@@ -305,7 +411,28 @@ class KVCache:
                 "this process inherited the cache through os.fork() and may only read it: "
                 "build a new KVCache here"
             )
-        return Window(self._store, self._layout.window_bytes)
+        return self._warm.take() or Window(self._store, self._layout.window_bytes)
+
+    def _retire(self, window: Window, *, is_idle: bool) -> bool:
+        """Keep the window of a sequence that is closed; False if it has to be closed, too.
+
+        `is_idle`: no thread is about to commit pages in it.
+        """
+        return is_idle and os.getpid() == self._pid and self._warm.put(window)
+
+    def trim(self) -> int:
+        """Give back what no sequence uses: warm windows; return the bytes that went.
+
+        Raises
+        ------
+        ClosedError, ForkedError
+            The cache is closed, or inherited through ``os.fork()``.
+        """
+        self._check_open()
+        before_bytes = self._store.committed_bytes
+        self._warm.close_all()
+        self._store.trim()
+        return max(0, before_bytes - self._store.committed_bytes)
 
     def _register(self, sequence: Sequence) -> None:
         key, registry = sequence.seq_id, self._sequences

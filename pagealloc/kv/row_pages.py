@@ -9,11 +9,12 @@ Structure
         token   0 ............... length ....... ready ................ max_tokens
         pages   | rows, maybe shared | committed, private | not looked at
 Invariants
-    committed pages == pages_of(ready) + surplus
+    committed pages == pages_of(ready) + surplus + spare
     lengths[i] <= ready[i] <= max_tokens
     The one sharing rule: whoever writes makes the pages private first, parent and child alike.
     share() therefore sets `ready` back on both sides.
     surplus: pages without rows that the kernel refused to let go; every later change tries again.
+    spare: pages that a warm window brought along, private, behind the rows or between layers.
 Locking
     None: one writer a sequence.
 """
@@ -44,18 +45,20 @@ class RowPages:
     Parameters
     ----------
     window : Window
-        Where the pages are; nothing of it is committed yet.
+        Where the pages are; a new one, or a warm one with pages that nobody else has.
     layout : KVLayout
         Where the rows lie in it.
     """
 
-    __slots__ = ("has_shared", "layout", "surplus", "window")
+    __slots__ = ("has_shared", "layout", "spare", "surplus", "window")
 
     def __init__(self, window: Window, layout: KVLayout) -> None:
         self.window = window
         self.layout = layout
         self.has_shared = False  # whether any page was ever shared
         self.surplus: list[Span] = []
+        # Of a warm window the pages are there already.
+        self.spare = [Span(run.offset, run.offset + run.nbytes) for run in window.runs()]
 
     def make_ready(self, rows: SequenceRows, layers: Sequence[int], end: int) -> None:
         """Commit and make private the pages of new rows up to `end` of some layers, or of none.
@@ -89,6 +92,9 @@ class RowPages:
         ]
         if self.surplus:
             self._release_surplus()
+        spare, self.spare = self.spare, boundary.subtract(self.spare, wanted)
+        if spare != self.spare:
+            self.spare = boundary.page_spans(layout, self.spare)
         try:
             for span in wanted:
                 window.commit(span.start, span.nbytes)
@@ -146,7 +152,11 @@ class RowPages:
         lengths = [n_tokens] * self.layout.n_layers
         rows._ready = lengths
         self.has_shared = other.has_shared = True
-        for span in boundary.pages_of(self.layout, lengths):
+        wanted = boundary.pages_of(self.layout, lengths)
+        self.surplus += boundary.overlap(self.spare, wanted)
+        self.spare = boundary.subtract(self.spare, wanted)
+        self._release_surplus()
+        for span in wanted:
             self.window.share_from(other.window, span.start, span.nbytes)
 
     def check(self, rows: SequenceRows) -> None:
@@ -161,6 +171,6 @@ class RowPages:
                 if not window.is_private(span.start, span.nbytes):
                     raise InvariantError(f"layer {layer}: {span} is ready but not private")
         runs = [Span(run.offset, run.offset + run.nbytes) for run in window.runs()]
-        expected = [*boundary.pages_of(layout, all_ready), *self.surplus]
+        expected = [*boundary.pages_of(layout, all_ready), *self.surplus, *self.spare]
         if boundary.page_spans(layout, runs) != boundary.page_spans(layout, expected):
             raise InvariantError(f"{runs} are committed for rows {lengths}, not {expected}")

@@ -31,6 +31,7 @@ import numpy as np
 
 from pagealloc.errors import OutOfMemoryError
 from pagealloc.kv import boundary
+from pagealloc.kv.pressure import with_room
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as List
@@ -276,10 +277,18 @@ def _shift(seq: Sequence, p0: int, p1: int, change: Any, name: str) -> None:
 def _make_private(seq: Sequence, ranges: List[Range]) -> None:
     """Copy the shared pages of these tokens; their rows stay the same."""
     layout = seq.cache.layout
-    for layer in [0] if layout.order == "block" else range(layout.n_layers):
-        for start, end in ranges:
-            for span in boundary.pages_of_rows(layout, layer, start, end):
-                seq._window.make_private(span.start, span.nbytes)
+    spans = [
+        span
+        for layer in ([0] if layout.order == "block" else range(layout.n_layers))
+        for start, end in ranges
+        for span in boundary.pages_of_rows(layout, layer, start, end)
+    ]
+
+    def request() -> None:
+        for span in spans:
+            seq._window.make_private(span.start, span.nbytes)
+
+    with_room(seq.cache, [seq], request)
 
 
 def _rotate(seq: Sequence, rope: Rope, deltas: npt.NDArray[np.int64]) -> None:

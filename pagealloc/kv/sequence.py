@@ -17,17 +17,21 @@ Locking
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from pagealloc.errors import ClosedError, PageBoundaryError
+from pagealloc.errors import PageBoundaryError
 from pagealloc.kv import seq_ops, views
 from pagealloc.kv.lineage import Lineage
+from pagealloc.kv.pressure import with_room
 from pagealloc.kv.row_pages import RowPages
 from pagealloc.kv.sequence_rows import SequenceRows
 from pagealloc.units import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import numpy.typing as npt
 
     from pagealloc.kv.cache import KVCache
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["Sequence"]
 
 # ruff: noqa: SLF001  a fork reaches into its twin; cache and sequences are one unit
+
+_uses = itertools.count()
 
 
 class Sequence(SequenceRows):
@@ -66,11 +72,27 @@ class Sequence(SequenceRows):
     >>> cache.close()
     """
 
-    __slots__ = ("__weakref__", "_cache", "_layout", "_lineage", "_pages", "_seq_id")
+    __slots__ = (
+        "__weakref__",
+        "_cache",
+        "_is_growing",
+        "_last_use",
+        "_layout",
+        "_lineage",
+        "_pages",
+        "_seq_id",
+        "evictable",
+    )
 
-    def __init__(self, cache: KVCache, seq_id: int) -> None:
+    evictable: bool
+    """Whether the cache may close it to make room for others; settable."""
+
+    def __init__(self, cache: KVCache, seq_id: int, *, evictable: bool = False) -> None:
         self._cache = cache
         self._seq_id = seq_id
+        self.evictable = evictable
+        self._is_growing = False
+        self._touch()
         self._layout = cache.layout
         self._pages = RowPages(self._window, cache.layout)
         self._lineage = Lineage()
@@ -95,8 +117,8 @@ class Sequence(SequenceRows):
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._window.closed
+        """Whether `close` was called, or the cache evicted it."""
+        return self._is_closed
 
     def __repr__(self) -> str:
         if self.closed:
@@ -149,8 +171,20 @@ class Sequence(SequenceRows):
 
     # --- changing its length ------------------------------------------------------------------
 
-    def _make_ready(self, layers: list[int], end: int) -> None:
-        self._pages.make_ready(self, layers, end)
+    def _make_ready(
+        self, layers: list[int], end: int, keep: Collection[Sequence] | None = None
+    ) -> None:
+        """Commit pages for rows up to `end`, whatever else is evicted for it but `keep`."""
+        self._is_growing = True
+        try:
+            with_room(self._cache, keep or [self], lambda: self._pages.make_ready(self, layers, end))
+        finally:
+            self._is_growing = False
+        self._touch()
+
+    def _touch(self) -> None:
+        """It was used, for the order of eviction: it grew, or was forked or copied from."""
+        self._last_use = next(_uses)
 
     def truncate(self, n_tokens: int) -> None:
         """Drop all rows from token `n_tokens` on, and release the pages that held no others.
@@ -248,6 +282,7 @@ class Sequence(SequenceRows):
 
     def _share_into(self, child: Sequence, n_tokens: int) -> None:
         """Give the first tokens to a sequence that has none."""
+        self._touch()
         child._pages.share(child, self._pages, self, n_tokens)
         self._lineage.settle(len(self))
         child._lineage = Lineage(self._lineage.part(0, n_tokens))
@@ -257,13 +292,33 @@ class Sequence(SequenceRows):
     def close(self) -> None:
         """Give back the pages that no other sequence shares.  A second call does nothing.
 
+        Its window stays warm for the next sequence for a while, see `KVCache`.
+
         Raises
         ------
         BufferError
             An array that `k` or `v` returned is still alive.
         """
-        self._window.close()
+        if self.closed:
+            return
+        lengths = self.layer_lengths
+        self._set_lengths([0] * self._layout.n_layers)  # as `_hide_rows`
+        try:
+            if self._window.n_views:
+                raise BufferError(
+                    "cannot close the sequence: arrays that k() and v() returned are still alive"
+                )
+            if not self._cache._retire(self._window, is_idle=not self._is_growing):
+                self._window.close()
+        except BaseException:
+            self._set_lengths(lengths)
+            raise
+        self._is_closed = True
         self._cache._forget(self)
+
+    def _evict(self) -> None:
+        self.close()
+        self._was_evicted = True
 
     # --- by position, with llama.cpp's meaning ------------------------------------------------
 
@@ -377,10 +432,6 @@ class Sequence(SequenceRows):
             return
         self._check_rows()
         self._pages.check(self)
-
-    def _check_open(self) -> None:
-        if self._window.closed:
-            raise ClosedError("the sequence is closed")
 
     def _equal_length(self, what: str) -> int:
         """Return the length that all layers have."""

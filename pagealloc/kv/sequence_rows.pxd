@@ -10,6 +10,8 @@ from pagealloc.kv.row_table cimport RowTable, kind_t
 cdef class SequenceRows:
     cdef readonly Window _window
     cdef RowTable table
+    cdef public bint _is_closed
+    cdef public bint _was_evicted
     cdef int64_t *lengths       # of each layer; stale while n_even >= 0
     cdef int64_t *ready         # of each layer; see row_pages
     cdef int64_t n_even         # length that all layers have; -1 while they differ
@@ -22,6 +24,7 @@ cdef class SequenceRows:
 
     cdef int64_t length_of(self, int64_t layer) noexcept
     cdef void set_length(self, int64_t layer, int64_t n_tokens) noexcept
+    cdef int require_open(self) except -1
     cdef int require_writable(self) except -1
     cdef int64_t first_position(self, int64_t start, int64_t end, object position) except -1
     cdef void add_positions(self, int64_t end, int64_t first) noexcept

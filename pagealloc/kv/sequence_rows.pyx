@@ -248,9 +248,20 @@ cdef class SequenceRows:
 
     # --- appending -----------------------------------------------------------------------------
 
+    cdef int require_open(self) except -1:
+        if self._is_closed or self._window.memory() == NULL:
+            raise ClosedError(
+                "the cache evicted this sequence to make room for others"
+                if self._was_evicted
+                else "the sequence is closed"
+            )
+        return 0
+
+    def _check_open(self) -> None:
+        self.require_open()
+
     cdef int require_writable(self) except -1:
-        if self._window.memory() == NULL:
-            raise ClosedError("the sequence is closed")
+        self.require_open()
         if self._window.is_frozen():
             raise ForkedError(
                 "this process inherited the sequence through os.fork() and may only read it: its "
@@ -264,7 +275,7 @@ cdef class SequenceRows:
     cdef char *base(self) except NULL:
         """Where the window is mapped; it stays so as long as the GIL is held."""
         cdef char *memory = self._window.memory()
-        if memory == NULL:
+        if memory == NULL or self._is_closed:
             raise ClosedError("the sequence was closed while rows were appended")
         return memory
 
@@ -376,6 +387,18 @@ cdef class SequenceRows:
         self._make_ready(short, start + 1)
         return 0
 
+    def _token_position(self, position) -> int:
+        """The position of one more token of all layers, for which there is room from then on."""
+        if self.n_even < 0:
+            self._equal_length("append a token")
+        return self.first_position(self.n_even, self.n_even + 1, position)
+
+    def _make_token_ready(self, keep) -> None:
+        """Pages for one more token; `keep` are the sequences that must not be evicted for it."""
+        if self.n_even >= self.least_ready:
+            short = [i for i in range(self.table.table.n_layers) if self.ready[i] <= self.n_even]
+            self._make_ready(short, self.n_even + 1, keep)
+
     cdef int append_pairs(self, object pairs, object position) except -1:
         """A token whose rows are not of one shape and type."""
         cdef rows_t rows
@@ -465,8 +488,7 @@ cdef class SequenceRows:
         at = self.layer_index(layer)
         kind = &table.kinds[2 * at + kv]
         while True:
-            if self._window.memory() == NULL:
-                raise ClosedError("the sequence is closed")
+            self.require_open()
             n_cuts = self.n_cuts
             n_tokens = self.length_of(at)
             first = as_token(start)
@@ -642,8 +664,7 @@ cdef class SequenceRows:
             The offset is no multiple of 8, or outside the committed pages.
         """
         cdef int64_t at
-        if self._window.memory() == NULL:
-            raise ClosedError("the sequence is closed")
+        self.require_open()
         at = self.committed_word(offset)
         view = self._window.view_of(at, WORD_BYTES, 0)
         if view is None:

@@ -32,6 +32,8 @@ class KVStats:
         once.  Computed from lengths and lineage.
     shared_bytes : int
         What sharing saves: of each page, all references beyond the first.  From the store's ledger.
+    warm_bytes : int
+        Pages in windows of closed sequences, kept for new ones; part of `committed_bytes`.
     n_sequences : int
         Open sequences.
     n_tokens : int
@@ -45,6 +47,7 @@ class KVStats:
     committed_bytes: int
     needed_bytes: int
     shared_bytes: int
+    warm_bytes: int
     n_sequences: int
     n_tokens: int
     budget_bytes: int | None

@@ -78,7 +78,7 @@ class KVMachine(RuleBasedStateMachine):
             N_LAYERS, N_HEADS, HEAD_DIM, MAX_TOKENS, order=self.order, block_tokens=4, rope=ROPE,
             pad_rows=self.pad_rows,
         )  # fmt: skip
-        self.cache = KVCache(layout)
+        self.cache = KVCache(layout, purge_after_s=float("inf"))
         self.open = []
         self.next_value = self.next_name = 0
 
@@ -283,6 +283,12 @@ class KVMachine(RuleBasedStateMachine):
         twin.is_open = False
         self.open.remove(twin)
 
+    @rule()
+    def trim(self):
+        n_bytes = self.cache.trim()
+        assert self.cache.stats().warm_bytes == 0
+        assert n_bytes >= 0
+
     def read(self, seq, layer, kv):
         if self.order == "block":
             return (seq.v_blocks if kv else seq.k_blocks)(layer)
@@ -308,8 +314,8 @@ class KVMachine(RuleBasedStateMachine):
 
     def touch_pages(self):
         """Read every committed page: Pss counts what was touched since it was mapped."""
-        for twin in self.open:
-            window = twin.seq._window
+        windows = [twin.seq._window for twin in self.open]
+        for window in windows + [window for window, _ in self.cache._warm._entries]:
             for run in window.runs():
                 np.frombuffer(window.view(run.offset, run.nbytes), np.uint8)[::512].copy()
 
@@ -321,7 +327,7 @@ class KVMachine(RuleBasedStateMachine):
         assert stats.n_tokens == sum(min(twin.lengths) for twin in self.open)
         assert stats.committed_bytes == stats.file_bytes
         unshared_bytes = sum(twin.seq.committed_bytes for twin in self.open)
-        assert stats.shared_bytes == unshared_bytes - stats.committed_bytes
+        assert stats.shared_bytes == unshared_bytes + stats.warm_bytes - stats.committed_bytes
         whole = {name for twin in self.open for name in twin.names[: min(twin.lengths)]}
         n_rows = N_LAYERS * len(whole) + sum(
             length - min(twin.lengths) for twin in self.open for length in twin.lengths

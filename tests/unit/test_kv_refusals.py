@@ -45,7 +45,7 @@ class Scene:
 
     def __init__(self, order):
         layout = KVLayout(N_LAYERS, N_HEADS, HEAD_DIM, MAX_TOKENS, order=order)
-        self.cache = KVCache(layout)
+        self.cache = KVCache(layout, purge_after_s=0)
         self.parent = self.cache.sequence()
         append_rows(self.parent, PROMPT)
         self.child = self.parent.fork()

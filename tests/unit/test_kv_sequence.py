@@ -306,6 +306,7 @@ def test_neither_side_sees_the_others_rows(cache):
     cache.check()
     np.testing.assert_array_equal(read_rows(grandchild), np.concatenate([rows[:20], for_parent]))
     grandchild.close()
+    cache.trim()
     assert cache.stats().file_bytes == 0
 
 

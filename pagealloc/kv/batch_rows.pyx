@@ -1,0 +1,119 @@
+"""BatchRows: rows of many sequences copied at once, without the GIL, by several threads.
+
+Purpose
+    The inner loops of `KVCache.append_batch` and `gather`.
+Structure
+    BatchRows pins the windows and keeps, of each sequence, where it is mapped and which tokens are
+    meant; `write` and `gather` copy a part of them, so that threads can share the work.
+Invariants
+    a pinned window stays mapped, and its rows where they are, as long as the BatchRows lives
+    parts that run at the same time are of different sequences, and go to different rows
+Locking
+    None while copying.  The GIL before, and after.
+Units
+    Tokens; bytes where named.
+"""
+
+cimport cython
+cimport numpy as np
+from libc.stdint cimport int64_t
+from libc.stdlib cimport calloc, free
+
+from pagealloc.kv.row_copy cimport read_rows, rows_t, write_token
+from pagealloc.kv.row_table cimport RowTable, table_t
+from pagealloc.kv.sequence_rows cimport SequenceRows
+
+np.import_array()
+
+ctypedef struct part_t:
+    char *window
+    int64_t n_tokens        # write: where the token goes; gather: how many there are
+    int64_t row             # gather: where its first row goes
+
+
+@cython.final
+cdef class BatchRows:
+    """The windows of some sequences, pinned.
+
+    Parameters
+    ----------
+    table : RowTable
+    sequences : list of SequenceRows
+        Open ones, of that layout.
+    layer : int
+        Of which the lengths are meant.
+    """
+
+    cdef RowTable table
+    cdef list sequences
+    cdef list pins
+    cdef part_t *parts
+    cdef readonly int64_t n_rows    # tokens of the layer, of all sequences
+
+    def __cinit__(self, RowTable table not None, list sequences not None, int64_t layer):
+        cdef SequenceRows rows
+        cdef int64_t i
+        self.table = table
+        self.sequences = sequences
+        self.pins = []
+        self.parts = <part_t *>calloc(<size_t>max(len(sequences), 1), sizeof(part_t))
+        if self.parts == NULL:
+            raise MemoryError("no memory for a batch")
+        for i in range(len(sequences)):
+            rows = sequences[i]
+            rows.require_open()
+            self.parts[i].n_tokens = rows.length_of(layer)
+            self.parts[i].row = self.n_rows
+            self.n_rows += self.parts[i].n_tokens
+            # Marked with the rows it relies on: they are neither dropped nor moved meanwhile.
+            self.pins.append(
+                rows._window.view(0, 1, mark=self.parts[i].n_tokens, holes="allowed")
+            )
+            self.parts[i].window = rows.base()
+
+    def __dealloc__(self):
+        free(self.parts)
+
+    def write(self, np.ndarray kv not None, int64_t start, int64_t end) -> None:
+        """Copy tokens (S, L, 2, H, D), of sequences [start, end), behind their last ones."""
+        cdef rows_t rows
+        cdef const table_t *table = &self.table.table
+        cdef char *data = <char *>np.PyArray_DATA(kv)
+        cdef int64_t sequence_stride = np.PyArray_STRIDE(kv, 0)
+        cdef int64_t layer_stride = np.PyArray_STRIDE(kv, 1)
+        cdef int64_t i
+        rows.n_tokens = 1
+        rows.token_stride = np.PyArray_STRIDE(kv, 2)
+        rows.head_stride = np.PyArray_STRIDE(kv, 3)
+        rows.item_stride = np.PyArray_STRIDE(kv, 4)
+        with nogil:
+            for i in range(start, end):
+                rows.data = data + i * sequence_stride
+                write_token(table, self.parts[i].window, self.parts[i].n_tokens, &rows, layer_stride)
+
+    def finish_write(self, list firsts) -> None:
+        """Make every sequence one token longer; `firsts` are the tokens' positions."""
+        cdef SequenceRows rows
+        cdef int64_t i
+        for i in range(len(self.sequences)):
+            rows = self.sequences[i]
+            rows.add_positions(self.parts[i].n_tokens + 1, firsts[i])
+            rows.n_even = self.parts[i].n_tokens + 1
+
+    def gather(
+        self, int64_t layer, int64_t kv, np.ndarray out not None, int64_t start, int64_t end
+    ) -> None:
+        """Copy the rows of a layer of sequences [start, end) into `out` (sum of T, H, D)."""
+        cdef const table_t *table = &self.table.table
+        cdef int64_t row_bytes = table.kinds[2 * layer + kv].row_bytes
+        cdef char *target = <char *>np.PyArray_DATA(out)
+        cdef int64_t i
+        with nogil:
+            for i in range(start, end):
+                read_rows(
+                    table, self.parts[i].window, layer, kv, 0, self.parts[i].n_tokens,
+                    target + self.parts[i].row * row_bytes,
+                )
+
+    def __reduce__(self):
+        raise TypeError("a BatchRows cannot be pickled or copied")

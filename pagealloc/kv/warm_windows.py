@@ -1,0 +1,122 @@
+"""WarmWindows: windows of closed sequences, their pages still committed, for the next sequence.
+
+Purpose
+    A new sequence finds its first pages committed and in the page tables: no system call, no
+    fault.  All windows of a cache are of one layout and one owner, so whose rows they held is
+    nobody else's business.
+Structure
+    put() --> newest last [window, window, ...] --> take() the newest
+                  |
+                  after purge_after_s, or when the budget is short: the oldest is closed
+Invariants
+    nobody else has a window that is in here, or a view of it
+    a timer runs while there is a window
+Locking
+    `lock` for the list; no window is closed with it held.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from pagealloc.errors import PageallocError
+
+if TYPE_CHECKING:
+    from pagealloc import Window
+
+__all__ = ["WarmWindows"]
+
+
+class WarmWindows:
+    """The warm windows of one cache.
+
+    Parameters
+    ----------
+    purge_after_s : float
+        How long a window lies idle before it is closed; 0: nothing is kept.
+    """
+
+    __slots__ = ("__weakref__", "_entries", "_lock", "_timer", "purge_after_s")
+
+    def __init__(self, purge_after_s: float) -> None:
+        self.purge_after_s = purge_after_s
+        self._entries: list[tuple[Window, float]] = []  # with since when it lies idle
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages committed in it."""
+        with self._lock:
+            return sum(window.committed_bytes for window, _ in self._entries)
+
+    def put(self, window: Window) -> bool:
+        """Keep a window that nobody uses any more; False if it has to be closed instead."""
+        if not self.purge_after_s:
+            return False
+        try:
+            for run in window.runs():
+                if run.n_refs > 1:
+                    window.release(run.offset, run.nbytes)
+        except PageallocError:  # the kernel refused to map the own pages back
+            return False
+        if not window.committed_bytes:
+            return False
+        with self._lock:
+            self._entries.append((window, time.monotonic()))
+            self._watch()
+        return True
+
+    def take(self) -> Window | None:
+        """Return the window put last, None if there is none."""
+        with self._lock:
+            return self._entries.pop()[0] if self._entries else None
+
+    def close_oldest(self) -> bool:
+        """Give back the pages of the window that lay idle longest; False if there is none."""
+        with self._lock:
+            if not self._entries:
+                return False
+            window, _ = self._entries.pop(0)
+        with suppress(PageallocError):  # its pages go back when nobody refers to it, at the latest
+            window.close()
+        return True
+
+    def close_all(self) -> None:
+        """Give back the pages of all windows."""
+        while self.close_oldest():
+            pass
+
+    def _watch(self) -> None:
+        """Start a timer unless one runs; the lock is held."""
+        if self._timer is None and self.purge_after_s != float("inf"):
+            oldest_s = self._entries[0][1]
+            delay_s = max(0.0, oldest_s + self.purge_after_s - time.monotonic())
+            self._timer = threading.Timer(delay_s, _purge, [weakref.ref(self)])
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _close_idle(self) -> None:
+        """Close what has lain idle long enough; called by the timer."""
+        while True:
+            with self._lock:
+                now_s = time.monotonic()
+                if not self._entries or self._entries[0][1] + self.purge_after_s > now_s:
+                    self._timer = None
+                    if self._entries:
+                        self._watch()
+                    return
+            self.close_oldest()
+
+
+def _purge(reference: weakref.ref[WarmWindows]) -> None:
+    windows = reference()
+    if windows is not None:
+        windows._close_idle()  # noqa: SLF001  its own timer
