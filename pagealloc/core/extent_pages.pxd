@@ -58,6 +58,11 @@ ctypedef struct store_t:
     int fd
     bint is_closed
     int64_t fork_generation     # of the process that made it
+    int64_t page_bytes          # the machine's, or a huge page in a file of huge pages
+    int page_shift              # log2 of it
+    int64_t pages_per_huge
+    bint is_hugetlb             # the file is of huge pages from the machine's pool
+    bint wants_huge_pages       # base pages are to be collapsed to huge ones
     int64_t budget_pages
     int64_t max_mappings
     int64_t n_file_pages        # file offsets given to extents so far
@@ -76,8 +81,10 @@ ctypedef struct store_t:
     store_t *previous           # in the registry, under the registry's mutex
     store_t *next
 
-cdef int64_t extent_offset(const extent_t *extent, int64_t page) noexcept nogil
-cdef int64_t extent_pages(const extent_t *extent) noexcept nogil
+cdef int64_t extent_offset(
+    const store_t *store, const extent_t *extent, int64_t page
+) noexcept nogil
+cdef int64_t extent_pages(const store_t *store, const extent_t *extent) noexcept nogil
 cdef extent_t *extent_at(const store_t *store, int64_t file_page) noexcept nogil
 
 # The mutex: to change something; to look; likewise, false if that means waiting.

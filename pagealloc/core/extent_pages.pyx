@@ -48,24 +48,24 @@ from pagealloc.core.interval_map cimport (
 )
 from pagealloc.core.mutex cimport mutex_lock, mutex_t, mutex_unlock
 from pagealloc.core.os_file cimport os_file_close, os_file_grow, os_file_punch
-from pagealloc.core.os_memory cimport os_fork_generation, os_huge_page_bytes, os_page_bytes
+from pagealloc.core.os_memory cimport os_fork_generation
 
 cdef extern from "<pthread.h>" nogil:
     int mutex_trylock "pthread_mutex_trylock"(mutex_t *mutex)
 
-cdef int64_t page_bytes = os_page_bytes()
-cdef int64_t pages_per_huge = os_huge_page_bytes() // os_page_bytes()
 cdef int64_t process_mappings = 0   # what the windows of all stores cost; atomic
 
 
-cdef int64_t extent_offset(const extent_t *extent, int64_t page) noexcept nogil:
+cdef int64_t extent_offset(
+    const store_t *store, const extent_t *extent, int64_t page
+) noexcept nogil:
     """Where the extent's `page` lies in the file, in bytes."""
-    return (extent.first_page + page) * page_bytes
+    return (extent.first_page + page) << store.page_shift
 
 
-cdef int64_t extent_pages(const extent_t *extent) noexcept nogil:
+cdef int64_t extent_pages(const store_t *store, const extent_t *extent) noexcept nogil:
     """Its length."""
-    return pages_per_huge << extent.order
+    return store.pages_per_huge << extent.order
 
 
 cdef extent_t *extent_at(const store_t *store, int64_t file_page) noexcept nogil:
@@ -178,7 +178,7 @@ cdef void punch_unused(
         if run.value:
             continue
         error = os_file_punch(
-            store.fd, extent_offset(extent, run.first_page), run.n_pages * page_bytes
+            store.fd, extent_offset(store, extent, run.first_page), run.n_pages * store.page_bytes
         )
         if error == 0:
             error = imap_erase(&extent.refs, run.first_page, run.n_pages)
@@ -214,7 +214,7 @@ cdef int extent_new(store_t *store, int64_t n_pages, extent_t **found) noexcept 
     cdef int64_t length_pages
     cdef extent_t *extent
     cdef int error
-    while order < N_ORDERS and pages_per_huge << order < n_pages:
+    while order < N_ORDERS and store.pages_per_huge << order < n_pages:
         order += 1
     if order == N_ORDERS:
         return ENOMEM
@@ -222,15 +222,15 @@ cdef int extent_new(store_t *store, int64_t n_pages, extent_t **found) noexcept 
     if extent != NULL:
         store.free_extents[order] = extent.next
     else:
-        length_pages = pages_per_huge << order
-        if length_pages > INT64_MAX // page_bytes - store.n_file_pages:
+        length_pages = store.pages_per_huge << order
+        if length_pages > INT64_MAX // store.page_bytes - store.n_file_pages:
             return EFBIG
         if reserve_extent(store):
             return ENOMEM
         extent = <extent_t *>calloc(1, sizeof(extent_t))
         if extent == NULL:
             return ENOMEM
-        error = os_file_grow(store.fd, (store.n_file_pages + length_pages) * page_bytes)
+        error = os_file_grow(store.fd, (store.n_file_pages + length_pages) * store.page_bytes)
         if error:
             free(extent)
             return error
@@ -273,7 +273,7 @@ cdef void free_if_unused(store_t *store, extent_t *extent) noexcept nogil:
     # Reading a hole allocates its page, and nobody books that: leave none behind.  If the kernel
     # refuses, the next window here meets a page of zeros that held bytes show and the books don't.
     os_file_punch(
-        store.fd, extent_offset(extent, 0), extent_pages(extent) * page_bytes
+        store.fd, extent_offset(store, extent, 0), extent_pages(store, extent) * store.page_bytes
     )
     extent.next = store.free_extents[extent.order]
     store.free_extents[extent.order] = extent
@@ -340,7 +340,7 @@ cdef const char *store_broken_invariant(store_t *store, int64_t held_bytes) noex
         extent = store.extents[j]
         if extent.first_page != end_page:
             return "extents do not lie one behind the other in the file"
-        end_page += extent_pages(extent)
+        end_page += extent_pages(store, extent)
         if not imap_is_valid(&extent.refs):
             return "an extent's refs are no interval map"
         extent_references = 0
@@ -374,6 +374,6 @@ cdef const char *store_broken_invariant(store_t *store, int64_t held_bytes) noex
         return "references are not the sum of the windows' committed pages"
     if held_bytes < 0:
         return NULL     # the kernel does not say
-    if held_bytes < (n_committed - n_stale) * page_bytes:
+    if held_bytes < (n_committed - n_stale) * store.page_bytes:
         return "the file holds less than is committed"
     return NULL

@@ -1,4 +1,4 @@
-from typing import NamedTuple, NoReturn, Self, SupportsIndex, final
+from typing import Literal, NamedTuple, NoReturn, Self, SupportsIndex, final
 
 class ExtentStats(NamedTuple):
     page_bytes: int
@@ -19,6 +19,7 @@ class ExtentStore:
         budget_bytes: int | str | None = None,
         name: str = "pagealloc",
         max_mappings: int | None = None,
+        backing: Literal["auto", "base", "hugetlb"] = "auto",
     ) -> Self: ...
     def close(self) -> None: ...
     def trim(self) -> int: ...

@@ -39,17 +39,27 @@ from pagealloc.core.extent_pages cimport (
 )
 from pagealloc.core.mutex cimport mutex_destroy, mutex_init
 from pagealloc.core.os_file cimport os_file_create, os_file_held_bytes
-from pagealloc.core.os_memory cimport os_fork_generation, os_max_mappings, os_page_bytes
+from pagealloc.core.os_memory cimport (
+    os_fork_generation,
+    os_huge_page_bytes,
+    os_max_mappings,
+    os_page_bytes,
+)
 from pagealloc.core.store_registry cimport registry_add, registry_remove
 from pagealloc.core.window_pages cimport windows_close_abandoned, windows_forget_abandoned
 
-from pagealloc.errors import ClosedError, ForkedError, InvariantError, OutOfMemoryError
+from pagealloc.errors import (
+    BackingUnavailableError,
+    ClosedError,
+    ForkedError,
+    InvariantError,
+    OutOfMemoryError,
+)
 from pagealloc.units import format_bytes, parse_bytes
 
 cdef enum:
     MAX_NAME_BYTES = 200    # the kernel takes 249
 
-cdef int64_t page_bytes = os_page_bytes()
 
 # What the kernel says when memory, of one kind or another, has run out.
 cdef tuple OUT_OF_MEMORY = (
@@ -85,6 +95,11 @@ cdef class ExtentStore:
     max_mappings : int, optional
         While the process's windows cost more mappings than this, sharing copies instead of
         mapping.  Half of ``vm.max_map_count`` by default.
+    backing : {"auto", "base", "hugetlb"}
+        "auto": pages of the machine's size, of which the kernel is asked to make a huge page
+        wherever a whole one is committed; what it refuses stays as it is.  "base": never.
+        "hugetlb": huge pages from the machine's pool (``vm.nr_hugepages``), which are the store's
+        pages then: commits, budget and sharing go by them.
 
     Raises
     ------
@@ -92,6 +107,8 @@ cdef class ExtentStore:
         A budget that is no size, or a name the kernel would refuse.
     OutOfMemoryError
         The kernel refused a file.
+    BackingUnavailableError
+        The kernel has no huge pages to make a file of.
 
     Notes
     -----
@@ -107,6 +124,7 @@ cdef class ExtentStore:
         budget_bytes: int | str | None = None,
         name: str = "pagealloc",
         max_mappings: int | None = None,
+        backing: str = "auto",
     ):
         cdef store_t *store
         cdef bytes name_bytes
@@ -118,6 +136,8 @@ cdef class ExtentStore:
             raise ValueError(
                 f"name={name!r} is no file name: at most {MAX_NAME_BYTES} bytes, none of them zero"
             )
+        if backing not in ("auto", "base", "hugetlb"):
+            raise ValueError(f"backing={backing!r}: 'auto', 'base' and 'hugetlb' are possible")
         if budget_bytes is not None:
             budget_bytes = parse_bytes(budget_bytes, name="budget_bytes", minimum=0)
         if max_mappings is None:
@@ -128,12 +148,23 @@ cdef class ExtentStore:
         store = <store_t *>calloc(1, sizeof(store_t))
         if store == NULL:
             raise MemoryError("no memory for an extent store's books")
-        store.budget_pages = INT64_MAX if budget_bytes is None else budget_bytes // page_bytes
+        store.page_bytes = os_huge_page_bytes() if backing == "hugetlb" else os_page_bytes()
+        store.pages_per_huge = <int64_t>os_huge_page_bytes() // store.page_bytes
+        store.is_hugetlb = backing == "hugetlb"
+        store.wants_huge_pages = backing == "auto"
+        while <int64_t>1 << store.page_shift < store.page_bytes:
+            store.page_shift += 1
+        store.budget_pages = INT64_MAX if budget_bytes is None else budget_bytes // store.page_bytes
         store.max_mappings = max_mappings
         store.fork_generation = os_fork_generation()
-        error = os_file_create(name_bytes, &store.fd)
+        error = os_file_create(name_bytes, store.is_hugetlb, &store.fd)
         if error:
             free(store)
+            if backing == "hugetlb" and error not in OUT_OF_MEMORY:
+                raise BackingUnavailableError(
+                    f"backing='hugetlb': the kernel makes no file of huge pages "
+                    f"({os.strerror(error)})"
+                )
             self.require(error, "creating an extent store", 0)
         mutex_init(&store.mutex)
         registry_add(store)
@@ -197,7 +228,7 @@ cdef class ExtentStore:
                 n_pages -= self.books.n_committed_pages
                 store_leave(self.books)
         self.require(code, "trim", 0)
-        return n_pages * page_bytes
+        return n_pages * self.books.page_bytes
 
     def stats(self) -> ExtentStats:
         """Return all numbers, taken at one moment.
@@ -221,14 +252,14 @@ cdef class ExtentStore:
         if held_bytes < 0:
             raise OSError("the kernel refused to say what the extent store's file holds")
         return ExtentStats(
-            page_bytes=page_bytes,
+            page_bytes=copy.page_bytes,
             budget_bytes=self.budget_bytes,
-            committed_bytes=copy.n_committed_pages * page_bytes,
+            committed_bytes=copy.n_committed_pages * copy.page_bytes,
             held_bytes=held_bytes,
             shared_bytes=(
                 copy.n_references - (copy.n_committed_pages - copy.n_stale_pages)
-            ) * page_bytes,
-            stale_bytes=copy.n_stale_pages * page_bytes,
+            ) * copy.page_bytes,
+            stale_bytes=copy.n_stale_pages * copy.page_bytes,
             n_mappings=copy.n_mappings,
             n_windows=copy.n_windows - copy.n_abandoned,
         )
@@ -251,8 +282,8 @@ cdef class ExtentStore:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of an OS page."""
-        return page_bytes
+        """Bytes of a page: the machine's, or a huge page."""
+        return self.books.page_bytes
 
     @property
     def fd(self) -> int:
@@ -269,12 +300,12 @@ cdef class ExtentStore:
         """Most bytes that may be committed, in whole pages; None if there is no limit."""
         if self.books.budget_pages == INT64_MAX:
             return None
-        return self.books.budget_pages * page_bytes
+        return self.books.budget_pages * self.books.page_bytes
 
     @property
     def committed_bytes(self) -> int:
         """Bytes committed by the store's own books, a shared page once; 0 once closed."""
-        return self.read(&self.books.n_committed_pages) * page_bytes
+        return self.read(&self.books.n_committed_pages) * self.books.page_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -289,7 +320,7 @@ cdef class ExtentStore:
     @property
     def stale_bytes(self) -> int:
         """Bytes nobody uses that the kernel so far refused to take back; see `trim`."""
-        return self.read(&self.books.n_stale_pages) * page_bytes
+        return self.read(&self.books.n_stale_pages) * self.books.page_bytes
 
     @property
     def n_mappings(self) -> int:
@@ -368,6 +399,11 @@ cdef class ExtentStore:
             raise OutOfMemoryError(reason)
         raise OutOfMemoryError(
             f"{reason}; {format_bytes(self.committed_bytes)} are committed here in "
-            f"{self.n_mappings} mappings; close windows, or raise what is short: memory, the "
-            "cgroup's limit, ulimit -v, or vm.max_map_count"
+            f"{self.n_mappings} mappings; close windows, or raise what is short: "
+            + (
+                "the machine's pool of huge pages (vm.nr_hugepages), "
+                if self.books.is_hugetlb
+                else "memory, "
+            )
+            + "the cgroup's limit, ulimit -v, or vm.max_map_count"
         )

@@ -23,18 +23,13 @@ from pagealloc.core.interval_map cimport imap_next, interval_t
 from pagealloc.core.os_memory cimport (
     MADV_COLLAPSE,
     os_advise,
-    os_huge_page_bytes,
-    os_page_bytes,
     os_populate_write,
 )
-
-cdef int64_t page_bytes = os_page_bytes()
-cdef int64_t pages_per_huge = os_huge_page_bytes() // os_page_bytes()
 
 
 cdef void collapse(window_t *window, int64_t first_page, int64_t n_pages) noexcept nogil:
     os_advise(
-        window.address + first_page * page_bytes, <size_t>(n_pages * page_bytes), MADV_COLLAPSE
+        window.address + first_page * window.store.page_bytes, <size_t>(n_pages * window.store.page_bytes), MADV_COLLAPSE
     )
 
 
@@ -46,13 +41,15 @@ cdef void populate_huge_pages(
     The kernel collapses only a range that is not empty, hence the one page first: populated, not
     touched, for a touch that finds no memory is SIGBUS.
     """
-    cdef int64_t first = (first_page + pages_per_huge - 1) // pages_per_huge * pages_per_huge
-    cdef int64_t end = (first_page + n_pages) // pages_per_huge * pages_per_huge
+    cdef int64_t first = (first_page + window.store.pages_per_huge - 1) // window.store.pages_per_huge * window.store.pages_per_huge
+    cdef int64_t end = (first_page + n_pages) // window.store.pages_per_huge * window.store.pages_per_huge
     cdef int64_t page = first
+    if not window.store.wants_huge_pages:
+        return
     while page < end:
-        if os_populate_write(window.address + page * page_bytes, <size_t>page_bytes) != 0:
+        if os_populate_write(window.address + page * window.store.page_bytes, <size_t>window.store.page_bytes) != 0:
             return
-        page += pages_per_huge
+        page += window.store.pages_per_huge
     if first < end:
         collapse(window, first, end - first)
 
@@ -77,13 +74,15 @@ cdef void collapse_completed_huge_pages(
 ) noexcept nogil:
     """Collapse the huge pages at both ends of a range just committed, if it completed them."""
     cdef int64_t end_page = first_page + n_pages
-    cdef int64_t first = first_page // pages_per_huge * pages_per_huge
-    cdef int64_t last = (end_page - 1) // pages_per_huge * pages_per_huge
-    if first < first_page and is_own_and_private(window, first, pages_per_huge):
-        collapse(window, first, pages_per_huge)
+    cdef int64_t first = first_page // window.store.pages_per_huge * window.store.pages_per_huge
+    cdef int64_t last = (end_page - 1) // window.store.pages_per_huge * window.store.pages_per_huge
+    if not window.store.wants_huge_pages:
+        return
+    if first < first_page and is_own_and_private(window, first, window.store.pages_per_huge):
+        collapse(window, first, window.store.pages_per_huge)
     if (
-        last + pages_per_huge > end_page
+        last + window.store.pages_per_huge > end_page
         and (last > first or first == first_page)
-        and is_own_and_private(window, last, pages_per_huge)
+        and is_own_and_private(window, last, window.store.pages_per_huge)
     ):
-        collapse(window, last, pages_per_huge)
+        collapse(window, last, window.store.pages_per_huge)

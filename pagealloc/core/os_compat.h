@@ -20,6 +20,11 @@
 #ifndef MAP_HUGE_SHIFT
 #define MAP_HUGE_SHIFT 26
 #endif
+#if defined(__linux__) && !defined(MFD_HUGETLB)
+#define MFD_HUGETLB 0x0004U
+#elif !defined(__linux__)
+#define MFD_HUGETLB 0U
+#endif
 
 #ifdef __linux__
 #include <fcntl.h>

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t
 
-cdef int os_file_create(const char *name, int *fd) noexcept nogil
+cdef int os_file_create(const char *name, bint is_hugetlb, int *fd) noexcept nogil
 cdef int os_file_close(int fd) noexcept nogil
 cdef int os_file_grow(int fd, int64_t nbytes) noexcept nogil
 cdef int os_file_commit(int fd, int64_t offset, int64_t nbytes) noexcept nogil

@@ -8,7 +8,7 @@ Units
     Bytes.
 """
 
-from libc.errno cimport EINTR, errno
+from libc.errno cimport EINTR, ENOSYS, errno
 from libc.stdint cimport int64_t
 from posix.mman cimport MAP_FAILED, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
 from posix.stat cimport fchmod, fstat, struct_stat
@@ -22,24 +22,42 @@ from pagealloc.core.os_memory cimport (
     CALL_MEMFD_CREATE,
     CALL_MMAP,
     CALL_PWRITE,
+    os_huge_page_bytes,
     os_refused,
 )
 
 cdef extern from "os_compat.h" nogil:
     const int MAP_NORESERVE
     const unsigned MFD_CLOEXEC
+    const unsigned MFD_HUGETLB
+    const unsigned MAP_HUGE_SHIFT
     const int FALLOC_FL_KEEP_SIZE
     const int FALLOC_FL_PUNCH_HOLE
     int memfd_create(const char *name, unsigned flags)
     int fallocate(int fd, int mode, int64_t offset, int64_t nbytes)
 
 
-cdef int os_file_create(const char *name, int *fd) noexcept nogil:
-    """Create an empty memfd that only this user may reopen (mode 0600; the default is 0777)."""
+cdef unsigned log2_of(size_t power_of_two) noexcept nogil:
+    cdef unsigned exponent = 0
+    while <size_t>1 << exponent < power_of_two:
+        exponent += 1
+    return exponent
+
+
+cdef int os_file_create(const char *name, bint is_hugetlb, int *fd) noexcept nogil:
+    """Create an empty memfd that only this user may reopen (mode 0600; the default is 0777).
+
+    `is_hugetlb`: of huge pages from the machine's pool, as large as a huge page is here.
+    """
+    cdef unsigned flags = MFD_CLOEXEC
     cdef int error
     if os_refused(CALL_MEMFD_CREATE):
         return errno
-    fd[0] = memfd_create(name, MFD_CLOEXEC)
+    if is_hugetlb:
+        if MFD_HUGETLB == 0:
+            return ENOSYS
+        flags |= MFD_HUGETLB | (log2_of(os_huge_page_bytes()) << MAP_HUGE_SHIFT)
+    fd[0] = memfd_create(name, flags)
     if fd[0] < 0:
         return errno
     if os_refused(CALL_FCHMOD) or fchmod(fd[0], 0o600) != 0:

@@ -19,7 +19,7 @@ Units
 
 from pagealloc.core.extent_pages cimport store_t, window_t
 from pagealloc.core.mutex cimport mutex_init, mutex_lock, mutex_t, mutex_unlock
-from pagealloc.core.os_memory cimport os_at_fork, os_page_bytes, os_protect_read_only, os_release
+from pagealloc.core.os_memory cimport os_at_fork, os_protect_read_only, os_release
 
 cdef mutex_t registry_mutex
 cdef store_t *stores = NULL
@@ -54,7 +54,7 @@ cdef void after_fork_in_child() noexcept nogil:
     while store != NULL:
         window = store.windows
         while window != NULL:
-            nbytes = <size_t>window.n_pages * os_page_bytes()
+            nbytes = <size_t>window.n_pages * store.page_bytes
             if os_protect_read_only(window.address, nbytes) != 0:
                 os_release(window.address, nbytes)
                 window.address = NULL

@@ -32,7 +32,8 @@ from pagealloc.core.extent_pages cimport (
 )
 from pagealloc.core.extents cimport ExtentStore
 from pagealloc.core.interval_map cimport imap_next, interval_t
-from pagealloc.core.os_memory cimport os_huge_page_bytes, os_page_bytes
+from pagealloc.core.os_memory cimport os_huge_page_bytes
+from pagealloc.core.os_pages cimport os_huge_bytes
 from pagealloc.core.remap cimport (
     shift_t,
     window_commit,
@@ -60,7 +61,6 @@ from pagealloc.core.window_view cimport WindowView
 from pagealloc.errors import ClosedError, InvariantError, PageBoundaryError
 from pagealloc.units import format_bytes, parse_bytes
 
-cdef int64_t page_bytes = os_page_bytes()
 cdef int64_t huge_page_bytes = os_huge_page_bytes()
 
 
@@ -122,7 +122,7 @@ cdef class Window:
         cdef int code
         length_bytes = (length_bytes + huge_page_bytes - 1) // huge_page_bytes * huge_page_bytes
         with nogil:
-            code = window_open(store.books, length_bytes // page_bytes, &pages)
+            code = window_open(store.books, length_bytes // store.books.page_bytes, &pages)
         store.require(code, "reserving a window", length_bytes)
         self.store = store
         self.pages = pages
@@ -241,7 +241,7 @@ cdef class Window:
             code = window_make_private(self.pages, first_page, n_pages, &n_copied_pages)
         if code:
             self.require(code, "make_private", offset, nbytes)
-        return n_copied_pages * page_bytes
+        return n_copied_pages * self.pages.store.page_bytes
 
     def move_pages(self, moves: list[tuple[int, int, int]]) -> None:
         """Map committed pages further to the front, in place of what stands there; all or none.
@@ -379,8 +379,8 @@ cdef class Window:
                 store_leave(self.store.books)
             return [
                 Run(
-                    offset=uses[i].first_page * page_bytes,
-                    nbytes=uses[i].n_pages * page_bytes,
+                    offset=uses[i].first_page * self.pages.store.page_bytes,
+                    nbytes=uses[i].n_pages * self.pages.store.page_bytes,
                     file_offset=uses[i].file_offset,
                     is_own=uses[i].is_own,
                     n_refs=uses[i].n_references,
@@ -389,6 +389,25 @@ cdef class Window:
             ]
         finally:
             free(uses)
+
+    def huge_bytes(self) -> int:
+        """Return how many of its bytes huge pages map, asked of the kernel (Linux 6.7).
+
+        Counts what was touched through this window since it was mapped.
+
+        Raises
+        ------
+        ClosedError
+        OSError
+            The kernel does not say.
+        """
+        cdef int64_t nbytes
+        if self.pages.is_closed:
+            self.require(WINDOW_CLOSED, "huge_bytes", 0, 0)
+        nbytes = os_huge_bytes(self.pages.address, <size_t>self.n_bytes())
+        if nbytes < 0:
+            raise OSError("the kernel does not say what huge pages map (it takes Linux 6.7)")
+        return nbytes
 
     def close(self) -> None:
         """Unmap the window and drop its pages.  Closing twice is no error.
@@ -441,7 +460,7 @@ cdef class Window:
     @property
     def nbytes(self) -> int:
         """Its length, as rounded up."""
-        return self.pages.n_pages * page_bytes
+        return self.pages.n_pages * self.pages.store.page_bytes
 
     @property
     def closed(self) -> bool:
@@ -461,7 +480,7 @@ cdef class Window:
     @property
     def committed_bytes(self) -> int:
         """Bytes committed here, own and shared."""
-        return self.store.read(&self.pages.n_committed_pages) * page_bytes
+        return self.store.read(&self.pages.n_committed_pages) * self.pages.store.page_bytes
 
     def __enter__(self) -> Window:
         return self
@@ -490,7 +509,7 @@ cdef class Window:
         return NULL if self.pages.is_closed else self.pages.address
 
     cdef int64_t n_bytes(self) noexcept:
-        return self.pages.n_pages * page_bytes
+        return self.pages.n_pages * self.pages.store.page_bytes
 
     cdef bint is_frozen(self) noexcept:
         """True in a process that inherited it through fork()."""
@@ -499,21 +518,21 @@ cdef class Window:
     cdef WindowView view_of(self, int64_t offset_bytes, int64_t nbytes, int64_t mark):
         """A read-only view of committed bytes inside the window; None if they are not."""
         cdef WindowView view = WindowView.__new__(WindowView)
-        cdef int64_t first_page = offset_bytes // page_bytes
+        cdef int64_t first_page = offset_bytes >> self.pages.store.page_shift
         view.entry.offset_bytes = offset_bytes
         view.entry.nbytes = nbytes
         view.entry.mark = mark
         if view.attach(
             self, self.store, self.pages, first_page,
-            (offset_bytes + nbytes + page_bytes - 1) // page_bytes - first_page,
+            ((offset_bytes + nbytes - 1) >> self.pages.store.page_shift) + 1 - first_page,
         ):
             return None
         return view
 
     cdef bint is_one_run(self, int64_t offset_bytes, int64_t nbytes) noexcept:
         """True if one run of pages of the file stands behind all these bytes."""
-        cdef int64_t page = offset_bytes // page_bytes
-        cdef int64_t end_page = (offset_bytes + nbytes + page_bytes - 1) // page_bytes
+        cdef int64_t page = offset_bytes >> self.pages.store.page_shift
+        cdef int64_t end_page = ((offset_bytes + nbytes - 1) >> self.pages.store.page_shift) + 1
         cdef interval_t run
         cdef bint is_one
         self.store.lock()
@@ -525,6 +544,7 @@ cdef class Window:
         self, object offset, object nbytes, bint is_aligned, int64_t *first_page, int64_t *n_pages
     ) except -1:
         """The pages that cover the range, or the exception it deserves."""
+        cdef int64_t page_bytes = self.pages.store.page_bytes
         cdef int64_t start = -1, length = -1, window_bytes = self.pages.n_pages * page_bytes
         if self.pages.is_closed:
             self.require(WINDOW_CLOSED, "window", offset, nbytes)

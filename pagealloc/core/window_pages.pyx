@@ -65,12 +65,9 @@ from pagealloc.core.os_memory cimport (
     MADV_DONTDUMP,
     os_advise,
     os_huge_page_bytes,
-    os_page_bytes,
     os_release,
     os_reserve,
 )
-
-cdef int64_t page_bytes = os_page_bytes()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -78,7 +75,7 @@ cdef int64_t page_bytes = os_page_bytes()
 
 cdef int window_open(store_t *store, int64_t n_pages, window_t **opened) noexcept nogil:
     """A window of `n_pages`, nothing of it committed."""
-    cdef size_t nbytes = <size_t>(n_pages * page_bytes)
+    cdef size_t nbytes = <size_t>(n_pages * store.page_bytes)
     cdef window_t *window
     cdef int code = store_enter(store)
     if code:
@@ -108,7 +105,7 @@ cdef int map_own_extent(window_t *window, size_t nbytes) noexcept nogil:
     code = extent_new(window.store, window.n_pages, &window.own)
     if code == 0:
         code = os_map_file(
-            window.address, nbytes, window.store.fd, extent_offset(window.own, 0)
+            window.address, nbytes, window.store.fd, extent_offset(window.store, window.own, 0)
         )
         if code == 0:
             code = os_advise(window.address, nbytes, MADV_DONTDUMP)
@@ -135,7 +132,7 @@ cdef int window_close(window_t *window) noexcept nogil:
         if imap_reserve(&piece.extent.refs, 4 * n_pieces):
             return ENOMEM
     if window.address != NULL:
-        code = os_release(window.address, <size_t>(window.n_pages * page_bytes))
+        code = os_release(window.address, <size_t>(window.n_pages * store.page_bytes))
         if code:
             return code
     store_remove_window(store, window)
@@ -218,7 +215,7 @@ cdef bint window_next_piece(
         return False
     piece.extent = extent_at(window.store, run.value + run.first_page)
     piece.extent_page = run.value + run.first_page - piece.extent.first_page
-    room = extent_pages(piece.extent) - piece.extent_page
+    room = extent_pages(window.store, piece.extent) - piece.extent_page
     if run.n_pages > room:      # two extents that are neighbours in the file
         run.n_pages = room
         page[0] = run.first_page + room
@@ -227,10 +224,12 @@ cdef bint window_next_piece(
     return True
 
 
-cdef inline bint covers(const view_t *view, int64_t first_page, int64_t n_pages) noexcept nogil:
-    cdef int64_t start_bytes = first_page * page_bytes
+cdef inline bint covers(
+    const window_t *window, const view_t *view, int64_t first_page, int64_t n_pages
+) noexcept nogil:
+    cdef int64_t start_bytes = first_page << window.store.page_shift
     return (
-        view.offset_bytes < start_bytes + n_pages * page_bytes
+        view.offset_bytes < start_bytes + (n_pages << window.store.page_shift)
         and view.offset_bytes + view.nbytes > start_bytes
     )
 
@@ -241,7 +240,7 @@ cdef bint window_has_writable_view(
     """True if somebody may write to the range: its pages must stay private."""
     cdef view_t *view = window.views
     while view != NULL:
-        if view.is_writable and covers(view, first_page, n_pages):
+        if view.is_writable and covers(window, view, first_page, n_pages):
             return True
         view = view.next
     return False
@@ -253,7 +252,7 @@ cdef bint window_has_strict_view(
     """True if a view relies on the range: its pages must stay committed."""
     cdef view_t *view = window.views
     while view != NULL:
-        if not view.may_have_holes and covers(view, first_page, n_pages):
+        if not view.may_have_holes and covers(window, view, first_page, n_pages):
             return True
         view = view.next
     return False
@@ -324,7 +323,9 @@ cdef int64_t window_uses(
             if n_uses < capacity:
                 uses[n_uses].first_page = piece.first_page + shared.first_page - piece.extent_page
                 uses[n_uses].n_pages = shared.n_pages
-                uses[n_uses].file_offset = extent_offset(piece.extent, shared.first_page)
+                uses[n_uses].file_offset = extent_offset(
+                    window.store, piece.extent, shared.first_page
+                )
                 uses[n_uses].n_references = shared.value
                 uses[n_uses].is_own = window_owns(window, piece.extent)
             n_uses += 1

@@ -31,6 +31,7 @@ Units
 from libc.errno cimport EINVAL, ENOMEM
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy
 
 from pagealloc.core.extent_pages cimport (
     extent_at,
@@ -56,10 +57,15 @@ from pagealloc.core.interval_map cimport (
     interval_t,
 )
 from pagealloc.core.os_file cimport os_file_commit, os_file_write, os_map_file
-from pagealloc.core.os_memory cimport MADV_DONTDUMP, os_advise, os_page_bytes, os_populate_write
+from pagealloc.core.os_memory cimport (
+    MADV_DONTDUMP,
+    os_advise,
+    os_populate_write,
+    os_release,
+    os_reserve,
+)
 from pagealloc.core.window_pages cimport window_count_mappings, window_owns
 
-cdef int64_t page_bytes = os_page_bytes()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -116,7 +122,7 @@ cdef bint is_free_at(
 ) noexcept nogil:
     """True if the extent has a hole at `page`; and how many of `n_pages` it has there."""
     cdef int64_t start = page
-    cdef int64_t end_page = min(page + n_pages[0], extent_pages(extent))
+    cdef int64_t end_page = min(page + n_pages[0], extent_pages(plan.window.store, extent))
     cdef interval_t gap
     if page < 0 or not imap_next_gap(&extent.refs, &start, end_page, &gap):
         return False
@@ -183,7 +189,7 @@ cdef int find_holes(
                 return error
         place.extent = link[0]
         start = 0
-        while imap_next_gap(&link[0].refs, &start, extent_pages(link[0]), &gap):
+        while imap_next_gap(&link[0].refs, &start, extent_pages(window.store, link[0]), &gap):
             n_free = unplanned(plan, link[0], gap.first_page, gap.first_page + gap.n_pages)
             if n_free > 0:
                 place.page = gap.first_page
@@ -258,8 +264,8 @@ cdef int64_t file_page_of(
 
 cdef int map_over(window_t *window, const move_t *move, place_t place) noexcept nogil:
     return os_map_file(
-        window.address + move.first_page * page_bytes, <size_t>(move.n_pages * page_bytes),
-        window.store.fd, file_page_of(window, move, place) * page_bytes,
+        window.address + move.first_page * window.store.page_bytes, <size_t>(move.n_pages * window.store.page_bytes),
+        window.store.fd, file_page_of(window, move, place) * window.store.page_bytes,
     )
 
 
@@ -269,23 +275,42 @@ cdef inline bint needs_mapping(const window_t *window, const move_t *move) noexc
 
 cdef int fill(window_t *window, const move_t *move) noexcept nogil:
     """Commit the target's pages and give them their content; a code may leave a part done."""
-    cdef int64_t start_bytes = move.first_page * page_bytes
-    cdef int64_t nbytes = move.n_pages * page_bytes
+    cdef int64_t start_bytes = move.first_page * window.store.page_bytes
+    cdef int64_t nbytes = move.n_pages * window.store.page_bytes
     cdef int64_t offset
     cdef int code = EINVAL
     if not move.is_fresh:
         return 0
-    offset = extent_offset(move.target.extent, move.target.page)
-    if move.content != NULL:
+    offset = extent_offset(window.store, move.target.extent, move.target.page)
+    if move.content != NULL and not window.store.is_hugetlb:
         return os_file_write(
             window.store.fd, move.content + start_bytes, <size_t>nbytes, offset
         )
-    if file_page_of(window, move, move.target) == window.own.first_page + move.first_page:
-        # It is mapped already: commit and fill page tables at once.
+    if (
+        file_page_of(window, move, move.target) == window.own.first_page + move.first_page
+        and move.content == NULL and not window.store.is_hugetlb
+    ):  # it is mapped already: commit and fill page tables at once
         populate_huge_pages(window, move.first_page, move.n_pages)
         code = os_populate_write(window.address + start_bytes, <size_t>nbytes)
     if code == EINVAL:
         code = os_file_commit(window.store.fd, offset, nbytes)
+    if code == 0 and move.content != NULL:      # hugetlbfs knows no write()
+        code = copy_by_mapping(window, move.content + start_bytes, <size_t>nbytes, offset)
+    return code
+
+
+cdef int copy_by_mapping(
+    const window_t *window, const char *content, size_t nbytes, int64_t offset
+) noexcept nogil:
+    """Copy to committed pages of the file, mapped elsewhere for the while."""
+    cdef char *target = <char *>os_reserve(nbytes, <size_t>window.store.page_bytes)
+    cdef int code
+    if target == NULL:
+        return ENOMEM
+    code = os_map_file(target, nbytes, window.store.fd, offset)
+    if code == 0:
+        memcpy(target, content, nbytes)
+    os_release(target, nbytes)      # a refusal costs address space only
     return code
 
 
@@ -299,8 +324,8 @@ cdef int keep_from_dumps(plan_t *plan) noexcept nogil:
         first_page = min(first_page, plan.moves[i].first_page)
         end_page = max(end_page, plan.moves[i].first_page + plan.moves[i].n_pages)
     return os_advise(
-        plan.window.address + first_page * page_bytes,
-        <size_t>((end_page - first_page) * page_bytes), MADV_DONTDUMP,
+        plan.window.address + first_page * plan.window.store.page_bytes,
+        <size_t>((end_page - first_page) * plan.window.store.page_bytes), MADV_DONTDUMP,
     )
 
 

@@ -21,6 +21,7 @@ Units
 from __future__ import annotations
 
 import operator
+from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from pagealloc.errors import PageBoundaryError
@@ -224,19 +225,30 @@ def overlap(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
     return subtract(spans, subtract(spans, others))
 
 
-def covered_end(layout: KVLayout, layer: int, end: int) -> int:
+def covered_end(layout: KVLayout, layer: int, end: int, spare: Sequence[Span] = ()) -> int:
     """Return up to which token of a layer the pages of its row ``end - 1`` reach.
 
-    Rows up to there need no further page: they fit behind the last one on its page or block.
+    Rows up to there need no further page: they fit behind the last one on its page or block, and
+    on the pages of `spare` that follow.
     """
     if layout.order == "block":
-        covered = layout.n_blocks(end) * layout.block_tokens
+        reach = _reach(layout.n_blocks(end) * layout.block_bytes, spare)
+        covered = reach // layout.block_bytes * layout.block_tokens
     else:
         covered = layout.max_tokens
-        kinds = (0, 1) if layout.order == "split" else (1,)
-        for kv in kinds:
-            rows = layout.layers[layer]
+        rows = layout.layers[layer]
+        for kv in (0, 1) if layout.order == "split" else (1,):
             row_end = _end_of_row(layout, layer, end - 1, kv)
-            free_bytes = round_up(row_end, layout.page_bytes) - row_end
+            free_bytes = _reach(round_up(row_end, layout.page_bytes), spare) - row_end
             covered = min(covered, end + free_bytes // (rows.v_stride if kv else rows.k_stride))
     return min(covered, layout.max_tokens)
+
+
+def _reach(offset: int, spare: Sequence[Span]) -> int:
+    """Return where the span of `spare` ends that `offset` lies in or at; else `offset`."""
+    after = bisect_right(spare, offset, key=_start)
+    return max(offset, spare[after - 1].end) if after else offset
+
+
+def _start(span: Span) -> int:
+    return span.start

@@ -57,6 +57,11 @@ class KVCache:
         Most bytes of pages it may hold, such as ``"4GiB"``; no limit but the machine's by default.
     salt : str or bytes, optional
         Names the owner.  Nothing is shared across salts, and each cache has its own memory file.
+    backing : {"auto", "base", "hugetlb"}
+        "auto": the machine's pages, made huge ones by the kernel wherever a whole one is committed
+        (MADV_COLLAPSE, Linux 6.1), which costs no byte more; "base": never; "hugetlb": huge pages
+        from the machine's pool, which the layout's `page_bytes` must be.  `huge_bytes` tells what
+        came of it.
     purge_after_s : float
         How long the window of a closed sequence stays warm, its pages committed for the next
         sequence, before they go back to the kernel by themselves; 0: they go at once.
@@ -105,6 +110,7 @@ class KVCache:
         *,
         budget_bytes: int | str | None = None,
         salt: str | bytes | None = None,
+        backing: Literal["auto", "base", "hugetlb"] = "auto",
         purge_after_s: float = 0.5,
         high_watermark: float = 0.9,
         on_pressure: Callable[[KVCache], Any] | None = None,
@@ -125,13 +131,14 @@ class KVCache:
         self._page_table_bytes_before = page_table_bytes()
         self._table = RowTable(layout)
         self._pid = os.getpid()
-        self._store = ExtentStore(budget_bytes=budget_bytes, name="pagealloc-kv")
+        self._store = ExtentStore(budget_bytes=budget_bytes, name="pagealloc-kv", backing=backing)
         if layout.page_bytes % self._store.page_bytes:
-            machine_page_bytes = self._store.page_bytes
+            store_page_bytes = self._store.page_bytes
             self._store.close()
+            whose = "the pool's" if backing == "hugetlb" else "this machine's"
             raise ValueError(
-                f"the layout's pages of {layout.page_bytes} bytes are no multiple of this "
-                f"machine's {machine_page_bytes}"
+                f"the layout's pages of {layout.page_bytes} bytes are no multiple of {whose} "
+                f"{store_page_bytes}: give KVLayout(..., page_bytes={store_page_bytes})"
             )
 
     @property
@@ -364,6 +371,21 @@ class KVCache:
             n_tokens=sum(len(sequence) for sequence in sequences),
             budget_bytes=store.budget_bytes,
         )
+
+    def huge_bytes(self) -> int:
+        """Return how many bytes of all sequences huge pages map, as achieved; see `Window`.
+
+        A shared page counts in each sequence that has read it.  Takes a system call a sequence.
+
+        Raises
+        ------
+        ClosedError
+            The cache is closed.
+        OSError
+            The kernel does not say (it takes Linux 6.7).
+        """
+        self._check_open()
+        return sum(sequence._window.huge_bytes() for sequence in self.sequences)
 
     def check(self) -> None:
         """Raise InvariantError if what the modules say must hold does not.

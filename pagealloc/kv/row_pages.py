@@ -92,9 +92,7 @@ class RowPages:
         ]
         if self.surplus:
             self._release_surplus()
-        spare, self.spare = self.spare, boundary.subtract(self.spare, wanted)
-        if spare != self.spare:
-            self.spare = boundary.page_spans(layout, self.spare)
+        self.spare = boundary.subtract(self.spare, wanted)
         try:
             for span in wanted:
                 window.commit(span.start, span.nbytes)
@@ -106,10 +104,14 @@ class RowPages:
             if in_blocks:
                 block_start = first - first % layout.block_tokens
                 layers = [layer for layer, length in enumerate(lengths) if length >= block_start]
+            used = []
             for layer in layers:
-                covered = boundary.covered_end(layout, layer, end)
+                covered = boundary.covered_end(layout, layer, end, self.spare)
                 ready[layer] = max(ready[layer], covered)
+                if self.spare and not (in_blocks and used):
+                    used += boundary.pages_of_rows(layout, layer, end, covered)
             rows._ready = ready
+            self.spare = boundary.subtract(self.spare, boundary.page_spans(layout, used))
         except BaseException as error:  # an interrupt, too, may come between any two lines
             self.release(boundary.subtract(wanted, boundary.pages_of(layout, rows._ready)))
             if not isinstance(error, OutOfMemoryError):
@@ -148,6 +150,9 @@ class RowPages:
         self, rows: SequenceRows, other: RowPages, other_rows: SequenceRows, n_tokens: int
     ) -> None:
         """Map the pages of the first tokens of another sequence here, where nothing is committed."""
+        rows_pages = boundary.pages_of(self.layout, other_rows.layer_lengths)
+        beyond = boundary.subtract(boundary.pages_of(self.layout, other_rows._ready), rows_pages)
+        other.spare = boundary.page_spans(self.layout, [*other.spare, *beyond])
         other_rows._ready = list(other_rows.layer_lengths)
         lengths = [n_tokens] * self.layout.n_layers
         rows._ready = lengths

@@ -21,7 +21,7 @@ ctypedef struct kind_t:     # the K rows of a layer, or its V rows
 ctypedef struct table_t:
     int64_t n_layers
     int64_t max_tokens
-    int64_t page_bytes
+    int64_t page_shift      # log2 of the layout's page_bytes
     int64_t block_tokens    # 0 in layer-major orders
     int64_t block_shift     # log2(block_tokens), -1 if that is no power of two
     int64_t block_bytes
@@ -71,8 +71,8 @@ cdef inline int check_access(
     kind = &table.kinds[2 * layer + kv]
     access.offset = row_place(table, kind, start)
     access.end = row_place(table, kind, end - 1) + kind.row_bytes
-    access.first_page = access.offset // table.page_bytes
-    access.last_page = (access.end - 1) // table.page_bytes
+    access.first_page = access.offset >> table.page_shift
+    access.last_page = (access.end - 1) >> table.page_shift
     return 0
 
 

@@ -35,7 +35,7 @@ cdef class RowTable:
         self.is_uniform = layout.is_uniform
         table.n_layers = layout.n_layers
         table.max_tokens = layout.max_tokens
-        table.page_bytes = layout.page_bytes
+        table.page_shift = layout.page_bytes.bit_length() - 1
         table.block_shift = -1
         if layout.order == "block":
             table.block_tokens = layout.block_tokens
