@@ -32,7 +32,7 @@ __all__ = ["run"]
 TITLE = "The KV cache, measured"
 MIB = 1 << 20
 PREALLOCATED = "preallocated"
-N_TOKENS = 512  # a round's
+N_TOKENS = 2048  # of a round
 MAX_MAPPINGS = int(Path("/proc/sys/vm/max_map_count").read_text())
 
 
@@ -84,9 +84,7 @@ def trace_rows() -> list[Row]:
             faults, held_mib = found["n_faults"], found["held_bytes"] / MIB
             work = f"{shape}, block of 128 tokens, 2 MiB pages"
             rows.append(share_row("faults", work, 0.01, faults, base["n_faults"], "faults"))
-            rows.append(
-                share_row("faults", f"{work}: held", 0.4, held_mib, base_mib, "MiB")
-            )
+            rows.append(share_row("faults", f"{work}: held", 0.4, held_mib, base_mib, "MiB"))
     return rows
 
 
@@ -210,7 +208,9 @@ def look_rows(rounds: int) -> list[Row]:
             )
     ratio = median_ratio(views, plain)
     return [
-        limit_row("speed", "k(layer): an array without a copy", 500, statistics.median(views), "ns"),
+        limit_row(
+            "speed", "k(layer): an array without a copy", 500, statistics.median(views), "ns"
+        ),
         Row(
             "speed",
             "k(layer) against object()",

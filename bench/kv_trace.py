@@ -40,16 +40,20 @@ class Meter:
 
     @staticmethod
     def read() -> int:
+        """Return the page faults so far."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     @property
     def n_faults(self) -> int:
+        """Page faults since it was made."""
         return self.read() - self.before
 
 
 def status_bytes(*names: str) -> int:
     lines = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
+        line.split(":", 1)
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if ":" in line
     )
     return sum(int(lines[name].split()[0]) << 10 for name in names)
 

@@ -9,6 +9,8 @@
 
 What each function does, who owns what and what a mistake comes to: docs/c_api.md, or
 ``include/pagealloc.h``.  No header and no include folder is needed.
+
+`Window` and `WindowView` are there for rooms that compute on window memory without the GIL.
 """
 
 from pagealloc.core.c_api cimport (
@@ -25,3 +27,5 @@ from pagealloc.core.c_api cimport (
     page_stats,
     page_usable_bytes,
 )
+from pagealloc.core.window cimport Window
+from pagealloc.core.window_view cimport WindowView

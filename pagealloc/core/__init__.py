@@ -13,6 +13,7 @@ this by reading the table below)::
     1  interval_map     disjoint page ranges that carry a value; pure data structure
     1  item_table       what a pool knows of its items, by address; pure data structure
     1  machine_memory   how much memory the machine and its cgroups have left
+    1  folios           whether a memfd gets 64 KiB folios here
     2  os_memory        memory from the OS; every call of the kernel goes through its table
     3  os_file          the one sparse file of a store
     3  os_pages         what the kernel knows of single pages; NUMA nodes

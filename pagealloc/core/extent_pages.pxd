@@ -62,7 +62,8 @@ ctypedef struct store_t:
     int page_shift              # log2 of it
     int64_t pages_per_huge
     bint is_hugetlb             # the file is of huge pages from the machine's pool
-    bint wants_huge_pages       # base pages are to be collapsed to huge ones
+    bint wants_huge_pages       # pages are to be collapsed to huge ones
+    bint wants_folios           # a page is a folio, which the kernel has to be advised of
     int64_t budget_pages
     int64_t max_mappings
     int64_t n_file_pages        # file offsets given to extents so far

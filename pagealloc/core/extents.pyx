@@ -48,6 +48,7 @@ from pagealloc.core.os_memory cimport (
 from pagealloc.core.store_registry cimport registry_add, registry_remove
 from pagealloc.core.window_pages cimport windows_close_abandoned, windows_forget_abandoned
 
+from pagealloc.core.folios import FOLIO_BYTES, why_no_folios
 from pagealloc.errors import (
     BackingUnavailableError,
     ClosedError,
@@ -95,11 +96,12 @@ cdef class ExtentStore:
     max_mappings : int, optional
         While the process's windows cost more mappings than this, sharing copies instead of
         mapping.  Half of ``vm.max_map_count`` by default.
-    backing : {"auto", "base", "hugetlb"}
+    backing : {"auto", "base", "folios", "hugetlb"}
         "auto": pages of the machine's size, of which the kernel is asked to make a huge page
         wherever a whole one is committed; what it refuses stays as it is.  "base": never.
-        "hugetlb": huge pages from the machine's pool (``vm.nr_hugepages``), which are the store's
-        pages then: commits, budget and sharing go by them.
+        "folios": pages of 64 KiB, which the kernel is asked to have in one piece, where it offers
+        that for a memfd.  "hugetlb": huge pages from the machine's pool (``vm.nr_hugepages``),
+        which are the store's pages then: commits, budget and sharing go by them.
 
     Raises
     ------
@@ -108,7 +110,7 @@ cdef class ExtentStore:
     OutOfMemoryError
         The kernel refused a file.
     BackingUnavailableError
-        The kernel has no huge pages to make a file of.
+        The kernel has no huge pages to make a file of, or offers no folios.
 
     Notes
     -----
@@ -136,8 +138,12 @@ cdef class ExtentStore:
             raise ValueError(
                 f"name={name!r} is no file name: at most {MAX_NAME_BYTES} bytes, none of them zero"
             )
-        if backing not in ("auto", "base", "hugetlb"):
-            raise ValueError(f"backing={backing!r}: 'auto', 'base' and 'hugetlb' are possible")
+        if backing not in ("auto", "base", "folios", "hugetlb"):
+            raise ValueError(
+                f"backing={backing!r}: 'auto', 'base', 'folios' and 'hugetlb' are possible"
+            )
+        if backing == "folios" and (reason := why_no_folios()):
+            raise BackingUnavailableError(_errno.ENOTSUP, f"backing='folios': {reason}")
         if budget_bytes is not None:
             budget_bytes = parse_bytes(budget_bytes, name="budget_bytes", minimum=0)
         if max_mappings is None:
@@ -148,10 +154,15 @@ cdef class ExtentStore:
         store = <store_t *>calloc(1, sizeof(store_t))
         if store == NULL:
             raise MemoryError("no memory for an extent store's books")
-        store.page_bytes = os_huge_page_bytes() if backing == "hugetlb" else os_page_bytes()
+        store.page_bytes = os_page_bytes()
+        if backing == "hugetlb":
+            store.page_bytes = os_huge_page_bytes()
+        elif backing == "folios":
+            store.page_bytes = max(store.page_bytes, <int64_t>FOLIO_BYTES)
+            store.wants_folios = True
         store.pages_per_huge = <int64_t>os_huge_page_bytes() // store.page_bytes
         store.is_hugetlb = backing == "hugetlb"
-        store.wants_huge_pages = backing == "auto"
+        store.wants_huge_pages = backing == "auto" or backing == "folios"
         while <int64_t>1 << store.page_shift < store.page_bytes:
             store.page_shift += 1
         store.budget_pages = INT64_MAX if budget_bytes is None else budget_bytes // store.page_bytes
@@ -162,8 +173,9 @@ cdef class ExtentStore:
             free(store)
             if backing == "hugetlb" and error not in OUT_OF_MEMORY:
                 raise BackingUnavailableError(
+                    error,
                     f"backing='hugetlb': the kernel makes no file of huge pages "
-                    f"({os.strerror(error)})"
+                    f"({os.strerror(error)})",
                 )
             self.require(error, "creating an extent store", 0)
         mutex_init(&store.mutex)

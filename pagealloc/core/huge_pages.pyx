@@ -28,8 +28,9 @@ from pagealloc.core.os_memory cimport (
 
 
 cdef void collapse(window_t *window, int64_t first_page, int64_t n_pages) noexcept nogil:
+    cdef int64_t page_bytes = window.store.page_bytes
     os_advise(
-        window.address + first_page * window.store.page_bytes, <size_t>(n_pages * window.store.page_bytes), MADV_COLLAPSE
+        window.address + first_page * page_bytes, <size_t>(n_pages * page_bytes), MADV_COLLAPSE
     )
 
 
@@ -41,21 +42,23 @@ cdef void populate_huge_pages(
     The kernel collapses only a range that is not empty, hence the one page first: populated, not
     touched, for a touch that finds no memory is SIGBUS.
     """
-    cdef int64_t first = (first_page + window.store.pages_per_huge - 1) // window.store.pages_per_huge * window.store.pages_per_huge
-    cdef int64_t end = (first_page + n_pages) // window.store.pages_per_huge * window.store.pages_per_huge
+    cdef int64_t page_bytes = window.store.page_bytes
+    cdef int64_t per_huge = window.store.pages_per_huge
+    cdef int64_t first = (first_page + per_huge - 1) // per_huge * per_huge
+    cdef int64_t end = (first_page + n_pages) // per_huge * per_huge
     cdef int64_t page = first
     if not window.store.wants_huge_pages:
         return
     while page < end:
-        if os_populate_write(window.address + page * window.store.page_bytes, <size_t>window.store.page_bytes) != 0:
+        if os_populate_write(window.address + page * page_bytes, <size_t>page_bytes) != 0:
             return
-        page += window.store.pages_per_huge
+        page += per_huge
     if first < end:
         collapse(window, first, end - first)
 
 
 cdef bint is_own_and_private(window_t *window, int64_t first_page, int64_t n_pages) noexcept nogil:
-    """True if all these pages are committed, each from its place in the own extent, for it alone."""
+    """True if all these pages are committed, each at its place in the own extent, for it alone."""
     cdef interval_t run
     cdef int64_t page = first_page
     cdef int64_t end_page = first_page + n_pages
@@ -73,16 +76,17 @@ cdef void collapse_completed_huge_pages(
     window_t *window, int64_t first_page, int64_t n_pages
 ) noexcept nogil:
     """Collapse the huge pages at both ends of a range just committed, if it completed them."""
+    cdef int64_t per_huge = window.store.pages_per_huge
     cdef int64_t end_page = first_page + n_pages
-    cdef int64_t first = first_page // window.store.pages_per_huge * window.store.pages_per_huge
-    cdef int64_t last = (end_page - 1) // window.store.pages_per_huge * window.store.pages_per_huge
+    cdef int64_t first = first_page // per_huge * per_huge
+    cdef int64_t last = (end_page - 1) // per_huge * per_huge
     if not window.store.wants_huge_pages:
         return
-    if first < first_page and is_own_and_private(window, first, window.store.pages_per_huge):
-        collapse(window, first, window.store.pages_per_huge)
+    if first < first_page and is_own_and_private(window, first, per_huge):
+        collapse(window, first, per_huge)
     if (
-        last + window.store.pages_per_huge > end_page
+        last + per_huge > end_page
         and (last > first or first == first_page)
-        and is_own_and_private(window, last, window.store.pages_per_huge)
+        and is_own_and_private(window, last, per_huge)
     ):
-        collapse(window, last, window.store.pages_per_huge)
+        collapse(window, last, per_huge)

@@ -40,6 +40,9 @@ cdef void window_abandon(window_t *window) noexcept nogil
 cdef int window_enter(window_t *window) noexcept nogil
 
 # These want it held.
+cdef int window_advise(
+    const window_t *window, int64_t first_page, int64_t n_pages
+) noexcept nogil
 cdef int window_close(window_t *window) noexcept nogil
 cdef void windows_close_abandoned(store_t *store) noexcept nogil
 cdef void windows_forget_abandoned(store_t *store) noexcept nogil

@@ -63,6 +63,7 @@ from pagealloc.core.interval_map cimport (
 from pagealloc.core.os_file cimport os_map_file
 from pagealloc.core.os_memory cimport (
     MADV_DONTDUMP,
+    MADV_HUGEPAGE,
     os_advise,
     os_huge_page_bytes,
     os_release,
@@ -108,12 +109,23 @@ cdef int map_own_extent(window_t *window, size_t nbytes) noexcept nogil:
             window.address, nbytes, window.store.fd, extent_offset(window.store, window.own, 0)
         )
         if code == 0:
-            code = os_advise(window.address, nbytes, MADV_DONTDUMP)
+            code = window_advise(window, 0, window.n_pages)
         if code:
             extent_detach(window.store, window.own)
     if code:    # a refusal to unmap costs address space only
         os_release(window.address, nbytes)
     return code
+
+
+cdef int window_advise(
+    const window_t *window, int64_t first_page, int64_t n_pages
+) noexcept nogil:
+    """Tell the kernel what new mappings are for: all alike, or they would not merge."""
+    cdef char *address = window.address + (first_page << window.store.page_shift)
+    cdef size_t nbytes = <size_t>(n_pages << window.store.page_shift)
+    if window.store.wants_folios:
+        os_advise(address, nbytes, MADV_HUGEPAGE)   # refused, base pages do
+    return os_advise(address, nbytes, MADV_DONTDUMP)
 
 
 cdef int window_close(window_t *window) noexcept nogil:

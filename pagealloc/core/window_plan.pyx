@@ -58,14 +58,11 @@ from pagealloc.core.interval_map cimport (
 )
 from pagealloc.core.os_file cimport os_file_commit, os_file_write, os_map_file
 from pagealloc.core.os_memory cimport (
-    MADV_DONTDUMP,
-    os_advise,
     os_populate_write,
     os_release,
     os_reserve,
 )
-from pagealloc.core.window_pages cimport window_count_mappings, window_owns
-
+from pagealloc.core.window_pages cimport window_advise, window_count_mappings, window_owns
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,7 +261,8 @@ cdef int64_t file_page_of(
 
 cdef int map_over(window_t *window, const move_t *move, place_t place) noexcept nogil:
     return os_map_file(
-        window.address + move.first_page * window.store.page_bytes, <size_t>(move.n_pages * window.store.page_bytes),
+        window.address + move.first_page * window.store.page_bytes,
+        <size_t>(move.n_pages * window.store.page_bytes),
         window.store.fd, file_page_of(window, move, place) * window.store.page_bytes,
     )
 
@@ -323,10 +321,7 @@ cdef int keep_from_dumps(plan_t *plan) noexcept nogil:
     for i in range(plan.n_moves):
         first_page = min(first_page, plan.moves[i].first_page)
         end_page = max(end_page, plan.moves[i].first_page + plan.moves[i].n_pages)
-    return os_advise(
-        plan.window.address + first_page * plan.window.store.page_bytes,
-        <size_t>((end_page - first_page) * plan.window.store.page_bytes), MADV_DONTDUMP,
-    )
+    return window_advise(plan.window, first_page, end_page - first_page)
 
 
 cdef int map_moves(plan_t *plan) noexcept nogil:

@@ -89,7 +89,9 @@ cdef class BatchRows:
         with nogil:
             for i in range(start, end):
                 rows.data = data + i * sequence_stride
-                write_token(table, self.parts[i].window, self.parts[i].n_tokens, &rows, layer_stride)
+                write_token(
+                    table, self.parts[i].window, self.parts[i].n_tokens, &rows, layer_stride
+                )
 
     def finish_write(self, list firsts) -> None:
         """Make every sequence one token longer; `firsts` are the tokens' positions."""

@@ -23,7 +23,8 @@ from pagealloc.kv import boundary
 from pagealloc.kv.batch_rows import BatchRows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence as Items
+    from collections.abc import Callable, Iterable
+    from collections.abc import Sequence as Items
 
     import numpy.typing as npt
 
@@ -52,9 +53,10 @@ def append_batch(
             "append_batch() needs layers of one shape and type: call append_token() with pairs"
         )
     shape = (len(batch), layout.n_layers, 2, *layout.row_shape(0, 0))
-    if not isinstance(kv, np.ndarray) or kv.dtype != layout.storage_dtypes[0]:
-        kind = kv.dtype if isinstance(kv, np.ndarray) else type(kv).__name__
-        raise TypeError(f"kv must be an array of {layout.storage_dtypes[0]}, not {kind}")
+    dtype = getattr(kv, "dtype", type(kv).__name__)
+    if dtype != layout.storage_dtypes[0]:
+        raise TypeError(f"kv must be an array of {layout.storage_dtypes[0]}, not {dtype}")
+    kv = np.asarray(kv)
     if kv.shape != shape:
         raise ValueError(f"kv has shape {kv.shape}, expected {shape}")
     if positions is not None and len(positions) != len(batch):
@@ -101,9 +103,7 @@ def gather(
             f"out must be a contiguous, writable array of {dtype} and shape {shape}, not "
             f"{out.dtype} and {out.shape}"
         )
-    _share_out(
-        len(batch), out.nbytes, lambda start, end: rows.gather(layer, kind, out, start, end)
-    )
+    _share_out(len(batch), out.nbytes, lambda start, end: rows.gather(layer, kind, out, start, end))
     return out
 
 

@@ -21,10 +21,16 @@ from __future__ import annotations
 import operator
 import os
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from pagealloc import ExtentStore, Window
-from pagealloc.errors import ClosedError, ForkedError, InvariantError
+from pagealloc.errors import (
+    BackingUnavailableError,
+    ClosedError,
+    ForkedError,
+    InvariantError,
+)
 from pagealloc.kv.batches import append_batch, gather
 from pagealloc.kv.layout import KVLayout
 from pagealloc.kv.lineage import count_distinct_tokens
@@ -43,6 +49,10 @@ if TYPE_CHECKING:
 
 __all__ = ["KVCache"]
 
+Backing = Literal["auto", "base", "folios", "hugetlb"]
+
+FOLIO_BYTES = 64 << 10
+
 # ruff: noqa: SLF001  cache and sequences are one unit
 
 
@@ -57,11 +67,12 @@ class KVCache:
         Most bytes of pages it may hold, such as ``"4GiB"``; no limit but the machine's by default.
     salt : str or bytes, optional
         Names the owner.  Nothing is shared across salts, and each cache has its own memory file.
-    backing : {"auto", "base", "hugetlb"}
+    backing : {"auto", "base", "folios", "hugetlb"}
         "auto": the machine's pages, made huge ones by the kernel wherever a whole one is committed
-        (MADV_COLLAPSE, Linux 6.1), which costs no byte more; "base": never; "hugetlb": huge pages
-        from the machine's pool, which the layout's `page_bytes` must be.  `huge_bytes` tells what
-        came of it.
+        (MADV_COLLAPSE, Linux 6.1), which costs no byte more; and 64 KiB folios where the kernel
+        offers them and the layout's `page_bytes` is a multiple of 64 KiB.  "base": neither.
+        "folios", "hugetlb": 64 KiB folios, or huge pages from the machine's pool, or an error; the
+        layout's `page_bytes` must be a multiple of these.  `huge_bytes` tells what came of it.
     purge_after_s : float
         How long the window of a closed sequence stays warm, its pages committed for the next
         sequence, before they go back to the kernel by themselves; 0: they go at once.
@@ -110,7 +121,7 @@ class KVCache:
         *,
         budget_bytes: int | str | None = None,
         salt: str | bytes | None = None,
-        backing: Literal["auto", "base", "hugetlb"] = "auto",
+        backing: Backing = "auto",
         purge_after_s: float = 0.5,
         high_watermark: float = 0.9,
         on_pressure: Callable[[KVCache], Any] | None = None,
@@ -131,11 +142,11 @@ class KVCache:
         self._page_table_bytes_before = page_table_bytes()
         self._table = RowTable(layout)
         self._pid = os.getpid()
-        self._store = ExtentStore(budget_bytes=budget_bytes, name="pagealloc-kv", backing=backing)
+        self._store = _new_store(layout, budget_bytes, backing)
         if layout.page_bytes % self._store.page_bytes:
             store_page_bytes = self._store.page_bytes
             self._store.close()
-            whose = "the pool's" if backing == "hugetlb" else "this machine's"
+            whose = {"hugetlb": "the pool's", "folios": "a folio's"}.get(backing, "this machine's")
             raise ValueError(
                 f"the layout's pages of {layout.page_bytes} bytes are no multiple of {whose} "
                 f"{store_page_bytes}: give KVLayout(..., page_bytes={store_page_bytes})"
@@ -498,6 +509,14 @@ class KVCache:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a KVCache is memory of this process and cannot be pickled or copied")
+
+
+def _new_store(layout: KVLayout, budget_bytes: int | str | None, backing: Backing) -> ExtentStore:
+    """Return a store of the backing; of folios where they fit the layout and the kernel can."""
+    if backing == "auto" and layout.page_bytes % FOLIO_BYTES == 0:
+        with suppress(BackingUnavailableError):
+            return ExtentStore(budget_bytes=budget_bytes, name="pagealloc-kv", backing="folios")
+    return ExtentStore(budget_bytes=budget_bytes, name="pagealloc-kv", backing=backing)
 
 
 def _seq_id(seq_id: int) -> int:

@@ -125,8 +125,8 @@ class KVLayout:
     block_tokens: int = 16
     page_bytes: int = field(default_factory=page_size_bytes)
     v_head_dim: int | Sequence[int] | None = None
-    k_dtype: DTypeLike = None
-    v_dtype: DTypeLike = None
+    k_dtype: DTypeLike | None = None
+    v_dtype: DTypeLike | None = None
     pad_rows: bool = False
     rope: Rope | None = None
 
@@ -155,17 +155,21 @@ class KVLayout:
             )
         if self.page_bytes & (self.page_bytes - 1):
             raise ValueError(f"page_bytes={self.page_bytes}: must be a power of two")
-        if self.rope is not None:
-            if not isinstance(self.rope, Rope):
-                raise TypeError(f"rope must be a Rope, not {type(self.rope).__name__}")
-            for rows in self.layers:
-                self.rope.check_head_dim(rows.k_head_dim)
+        self._check_rope()
         if self.window_bytes > MAX_BYTES:
             raise ValueError(
                 f"{self.max_tokens} tokens of {format_bytes(self.token_bytes)} need a window of "
                 f"{self.window_bytes} bytes; at most {MAX_BYTES} ({format_bytes(MAX_BYTES)}) are "
                 f"possible, which is {self._most_tokens()} tokens of this shape"
             )
+
+    def _check_rope(self) -> None:
+        if self.rope is None:
+            return
+        if not isinstance(self.rope, Rope):
+            raise TypeError(f"rope must be a Rope, not {type(self.rope).__name__}")
+        for rows in self.layers:
+            self.rope.check_head_dim(rows.k_head_dim)
 
     @classmethod
     def from_gguf(
@@ -214,9 +218,7 @@ class KVLayout:
         return cls._of_shape(shape, max_tokens, options)
 
     @classmethod
-    def _of_shape(
-        cls, shape: ModelShape, max_tokens: int | None, options: dict[str, Any]
-    ) -> Self:
+    def _of_shape(cls, shape: ModelShape, max_tokens: int | None, options: dict[str, Any]) -> Self:
         max_tokens = shape.context_tokens if max_tokens is None else max_tokens
         if max_tokens is None:
             raise ValueError("the model does not tell its context's length: give max_tokens")
@@ -265,9 +267,7 @@ class KVLayout:
             for heads, k_dim, v_dim in zip(n_heads, k_dims, v_dims, strict=True)
         )
         n_tokens = self.block_tokens if self.order == "block" else self.max_tokens
-        return place_layers(
-            shapes, self.order, n_tokens, self.page_bytes, pad_rows=self.pad_rows
-        )
+        return place_layers(shapes, self.order, n_tokens, self.page_bytes, pad_rows=self.pad_rows)
 
     @property
     def layers(self) -> tuple[LayerRows, ...]:
@@ -329,7 +329,7 @@ class KVLayout:
 
     @cached_property
     def can_remap(self) -> bool:
-        """Whether K and V of a layer lie in pages of their own; not in `split` order as it comes."""
+        """Whether K and V of a layer lie in pages of their own: in `split` order only if padded."""
         return self.order != "split" or all(
             rows.v_offset % self.page_bytes == 0 for rows in self.layers
         )
@@ -446,13 +446,13 @@ def _count(name: str, value: SupportsIndex) -> int:
     return number
 
 
-def _count_per_layer(
-    name: str, value: int | Sequence[int], n_layers: int
-) -> int | tuple[int, ...]:
+def _count_per_layer(name: str, value: int | Sequence[int], n_layers: int) -> int | tuple[int, ...]:
     """Return a count, or a tuple of one a layer if they differ."""
     if isinstance(value, str | bytes) or not hasattr(value, "__len__"):
         return _count(name, cast("int", value))
-    counts = tuple(_count(f"{name}[{i}]", number) for i, number in enumerate(value))
+    counts = tuple(
+        _count(f"{name}[{i}]", number) for i, number in enumerate(cast("Sequence[int]", value))
+    )
     if len(counts) != n_layers:
         raise ValueError(
             f"{name} has {len(counts)} numbers for {n_layers} layers: one for all, or one for "

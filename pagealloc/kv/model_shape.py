@@ -9,26 +9,28 @@ Sources
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pagealloc.kv.rope import Rope, RopePairs
 
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable
+
 __all__ = ["ModelShape", "read_gguf", "read_hf_config", "shape_from_gguf_metadata"]
 
 # Where llama.cpp rotates every layer alike, by which pairs; of others nothing is claimed.
-_PAIRS: dict[str, RopePairs] = dict.fromkeys(
+_NEIGHBOURS = (
     "llama deci baichuan starcoder orion internlm2 minicpm xverse command-r olmo arctic deepseek "
-    "chatglm granite granitemoe chameleon smollm3 arcee ernie4_5 mistral3".split(),
-    "neighbours",
-) | dict.fromkeys(
+    "chatglm granite granitemoe chameleon smollm3 arcee ernie4_5 mistral3"
+)
+_HALVES = (
     "falcon stablelm qwen qwen2 qwen2moe qwen3 qwen3moe olmo2 olmoe phi2 phi3 gemma gemma2 "
-    "starcoder2 openelm gptneox codeshell nemotron exaone dbrx".split(),
-    "halves",
+    "starcoder2 openelm gptneox codeshell nemotron exaone dbrx"
 )
 
 # Hugging Face's names of layers that keep K and V.
@@ -136,7 +138,10 @@ def _gguf_rope(
 ) -> Rope | None:
     """Return how the model rotates K, None where that is not known for sure."""
     scaling = get(f"{architecture}.rope.scaling.type")
-    if architecture not in _PAIRS or scaling not in (None, "none", "linear"):
+    pairs: RopePairs = "neighbours" if architecture in _NEIGHBOURS.split() else "halves"
+    if pairs == "halves" and architecture not in _HALVES.split():
+        return None
+    if scaling not in (None, "none", "linear"):
         return None
     scale = 1.0
     if scaling == "linear":
@@ -144,7 +149,7 @@ def _gguf_rope(
     return Rope(
         n_dims=int(get(f"{architecture}.rope.dimension_count") or k_dim),
         base=float(get(f"{architecture}.rope.freq_base") or 10000.0),
-        pairs=_PAIRS[architecture],
+        pairs=pairs,
         scale=scale,
         freq_factors=None if factors is None else tuple(float(factor) for factor in factors),
     )

@@ -53,9 +53,7 @@ class Pressure:
 
     __slots__ = ("_is_above", "_is_calling", "high_watermark", "on_pressure")
 
-    def __init__(
-        self, high_watermark: float, on_pressure: Callable[[KVCache], Any] | None
-    ) -> None:
+    def __init__(self, high_watermark: float, on_pressure: Callable[[KVCache], Any] | None) -> None:
         if not 0 < high_watermark <= 1:
             raise ValueError(f"high_watermark={high_watermark!r}: above 0, at most 1 is possible")
         if on_pressure is not None and not callable(on_pressure):
@@ -106,9 +104,7 @@ class Pressure:
         return False
 
 
-def with_room(
-    cache: KVCache, keep: Collection[Sequence], request: Callable[[], None]
-) -> None:
+def with_room(cache: KVCache, keep: Collection[Sequence], request: Callable[[], None]) -> None:
     """Carry out a request that changes nothing if it is refused; give way until it is not.
 
     Raises

@@ -104,7 +104,7 @@ class RowPages:
             if in_blocks:
                 block_start = first - first % layout.block_tokens
                 layers = [layer for layer, length in enumerate(lengths) if length >= block_start]
-            used = []
+            used: list[Span] = []
             for layer in layers:
                 covered = boundary.covered_end(layout, layer, end, self.spare)
                 ready[layer] = max(ready[layer], covered)
@@ -149,7 +149,7 @@ class RowPages:
     def share(
         self, rows: SequenceRows, other: RowPages, other_rows: SequenceRows, n_tokens: int
     ) -> None:
-        """Map the pages of the first tokens of another sequence here, where nothing is committed."""
+        """Map the pages of the first tokens of another sequence, where nothing is committed."""
         rows_pages = boundary.pages_of(self.layout, other_rows.layer_lengths)
         beyond = boundary.subtract(boundary.pages_of(self.layout, other_rows._ready), rows_pages)
         other.spare = boundary.page_spans(self.layout, [*other.spare, *beyond])

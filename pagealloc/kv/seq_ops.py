@@ -105,7 +105,7 @@ def _keep(seq: Sequence, kept: npt.NDArray[np.bool_]) -> None:
     positions = seq.positions
     seq._hide_rows(first_dropped)
     try:
-        _compact(seq, ranges, n_before)
+        _compact(seq, ranges)
     except BaseException:
         seq._set_lengths([n_before] * seq.cache.layout.n_layers)
         raise
@@ -116,7 +116,7 @@ def _keep(seq: Sequence, kept: npt.NDArray[np.bool_]) -> None:
     seq._pages.cut(seq, n_kept)
 
 
-def _compact(seq: Sequence, ranges: List[Range], n_tokens: int) -> None:
+def _compact(seq: Sequence, ranges: List[Range]) -> None:
     """Move the rows of ascending ranges together, all or nothing."""
     moves, target = [], 0
     for start, end in ranges:
@@ -125,14 +125,14 @@ def _compact(seq: Sequence, ranges: List[Range], n_tokens: int) -> None:
         target += end - start
     if not moves:
         return
-    if len(moves) == 1 and _remap(seq, *moves[0], n_tokens):
+    if len(moves) == 1 and _remap(seq, *moves[0]):
         return
     _make_private(seq, [(moves[0][2], target)])
     for start, end, to in moves:  # nothing fails from here on
         seq._move_rows(start, end, to)
 
 
-def _remap(seq: Sequence, start: int, end: int, target: int, n_tokens: int) -> bool:
+def _remap(seq: Sequence, start: int, end: int, target: int) -> bool:
     """Bring tokens [start, end) to `target` by mapping their pages there; False if that can't be.
 
     The rows before the first whole page are copied: fewer than `remap_tokens` tokens, to where

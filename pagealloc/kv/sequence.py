@@ -177,7 +177,9 @@ class Sequence(SequenceRows):
         """Commit pages for rows up to `end`, whatever else is evicted for it but `keep`."""
         self._is_growing = True
         try:
-            with_room(self._cache, keep or [self], lambda: self._pages.make_ready(self, layers, end))
+            with_room(
+                self._cache, keep or [self], lambda: self._pages.make_ready(self, layers, end)
+            )
         finally:
             self._is_growing = False
         self._touch()
@@ -303,11 +305,12 @@ class Sequence(SequenceRows):
             return
         lengths = self.layer_lengths
         self._set_lengths([0] * self._layout.n_layers)  # as `_hide_rows`
+        if self._window.n_views:
+            self._set_lengths(lengths)
+            raise BufferError(
+                "cannot close the sequence: arrays that k() and v() returned are still alive"
+            )
         try:
-            if self._window.n_views:
-                raise BufferError(
-                    "cannot close the sequence: arrays that k() and v() returned are still alive"
-                )
             if not self._cache._retire(self._window, is_idle=not self._is_growing):
                 self._window.close()
         except BaseException:

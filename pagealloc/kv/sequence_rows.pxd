@@ -2,8 +2,7 @@
 
 from libc.stdint cimport int32_t, int64_t
 
-from pagealloc.core.window cimport Window
-from pagealloc.core.window_view cimport WindowView
+from pagealloc cimport Window, WindowView
 from pagealloc.kv.row_table cimport RowTable, kind_t
 
 

@@ -25,14 +25,14 @@ Units
     Tokens; bytes where named.
 """
 
+cimport cython
 cimport numpy as np
 from cpython.number cimport PyNumber_Index
 from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport INT32_MAX, INT64_MAX, INT64_MIN, int32_t, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 
-from pagealloc.core.window cimport Window
-from pagealloc.core.window_view cimport WindowView
+from pagealloc cimport WindowView
 from pagealloc.kv.row_copy cimport (
     as_array,
     move_rows,
@@ -90,6 +90,7 @@ cdef int64_t as_token(object number) except? -1:
         return INT64_MAX if number > 0 else INT64_MIN
 
 
+@cython.auto_pickle(False)
 cdef class SequenceRows:
     """What `Sequence` inherits; made by it alone."""
 
@@ -153,7 +154,7 @@ cdef class SequenceRows:
         self.least_ready = min(ready)
 
     def _set_lengths(self, lengths) -> None:
-        """Give the layers other lengths, of rows that are there.  Positions follow `_set_positions`.
+        """Give the layers other lengths, of rows that are there; positions are not changed.
 
         Counts as a cut: a reader that was about to make an array looks again.
         """
@@ -306,9 +307,9 @@ cdef class SequenceRows:
         """
         cdef rows_t k_rows, v_rows
         cdef int64_t at, start, end, first
+        cdef int64_t token_bytes
         cdef char *base
         cdef bint is_large
-        cdef object pins = None
         self.require_writable()
         at = self.layer_index(layer)
         k, v = as_array(k), as_array(v)
@@ -323,13 +324,12 @@ cdef class SequenceRows:
         first = self.first_position(start, end, position)
         if end > self.ready[at]:
             self._make_ready([at], end)
-        is_large = (
-            k_rows.n_tokens
-            * (self.table.table.kinds[2 * at].row_bytes + self.table.table.kinds[2 * at + 1].row_bytes)
-            >= NOGIL_BYTES
+        token_bytes = (
+            self.table.table.kinds[2 * at].row_bytes + self.table.table.kinds[2 * at + 1].row_bytes
         )
+        is_large = k_rows.n_tokens * token_bytes >= NOGIL_BYTES
         if is_large:    # the arrays keep their shape, and the window its place, without the GIL
-            pins = (memoryview(k), memoryview(v), self._window.view(0, 1, holes="allowed"))
+            _pins = (memoryview(k), memoryview(v), self._window.view(0, 1, holes="allowed"))
             rows_of(self.table, k, "k", at, 0, &k_rows)
             rows_of(self.table, v, "v", at, 1, &v_rows)
             if k_rows.n_tokens != end - start or v_rows.n_tokens != end - start:
@@ -363,8 +363,6 @@ cdef class SequenceRows:
         """
         cdef rows_t rows
         cdef int64_t layer_stride = 0, start, first
-        cdef const rows_t *token
-        cdef char *base
         self.require_writable()
         if not self.table.is_uniform:
             self.append_pairs(kv, position)
@@ -497,7 +495,8 @@ cdef class SequenceRows:
                 return self.empty_rows(at, kv)
             if check_access(table, at, first, last, kv, n_tokens, &access):
                 boundary.check_rows(
-                    self.table.layout, at, PyNumber_Index(start), last if end is None else PyNumber_Index(end), n_tokens
+                    self.table.layout, at, PyNumber_Index(start),
+                    n_tokens if end is None else PyNumber_Index(end), n_tokens,
                 )
             is_view = table.block_tokens == 0 or (
                 first // table.block_tokens == (last - 1) // table.block_tokens

@@ -52,4 +52,3 @@ def block_array(
         return empty
     view = window.view(span.start, span.nbytes, mark=n_tokens)
     return np.ndarray(shape, dtype, cast("Any", view), 0, layout.strides(layer, kv))
-

@@ -230,7 +230,9 @@ class KVMachine(RuleBasedStateMachine):
         other.positions += [twin.positions[token] for token in chosen]
         other.names += [twin.names[token] for token in chosen]
 
-    @rule(twin=twins, p0=st.integers(-1, 50), n_positions=st.integers(-60, 30), by=st.integers(-9, 9))
+    @rule(
+        twin=twins, p0=st.integers(-1, 50), n_positions=st.integers(-60, 30), by=st.integers(-9, 9)
+    )
     def add_positions(self, twin, p0, n_positions, by):
         self.shift(twin, p0, p0 + n_positions, lambda position: position + by, "add", by)
 
@@ -251,10 +253,10 @@ class KVMachine(RuleBasedStateMachine):
         moved = [token for token, to in after.items() if to >= 0]
         deltas = np.array([after[token] - twin.positions[token] for token in moved], np.int64)
         for layer, rows in enumerate(twin.rows):
-            rows = rows.copy()
+            changed = rows.copy()
             rotated = ROPE.rotate(rows[moved, 0].astype(np.float32), deltas)
-            rows[moved, 0] = rotated.astype(np.float16)
-            twin.rows[layer] = rows
+            changed[moved, 0] = rotated.astype(np.float16)
+            twin.rows[layer] = changed
         for token, fresh in zip(moved, self.new_names(len(moved)), strict=True):
             twin.positions[token], twin.names[token] = after[token], fresh
         gone = {token for token, to in after.items() if to < 0}

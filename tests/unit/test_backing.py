@@ -1,6 +1,5 @@
 """Backings: hugetlb pools, their pages' sizes, what is achieved, and what a fork does to them."""
 
-import contextlib
 import errno
 import os
 import pickle
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hugetlb import NR_HUGEPAGES, SIMULATED, pool, set_or_skip
 
 from pagealloc import (
     BackingUnavailableError,
@@ -24,40 +24,12 @@ from pagealloc.core import os_memory
 MIB = 1 << 20
 PAGE_BYTES = page_size_bytes()
 HUGE_BYTES = huge_page_size_bytes()
-SIMULATED = "PAGEALLOC_HUGE_PAGE_BYTES" in os.environ
-NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
 GIGANTIC = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
 THP_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def touch(buffer, value=1):
     np.frombuffer(buffer, np.uint8)[::4096] = value
-
-
-def set_or_skip(path, text):
-    if os.environ.get("PAGEALLOC_TEST_HUGETLB") != "1":
-        pytest.skip("PAGEALLOC_TEST_HUGETLB=1 lets root's tests reserve huge pages for a moment")
-    if not os.access(path, os.W_OK):
-        pytest.skip(f"only root may change {path}, and only where the kernel has it")
-    try:
-        path.write_text(text)
-    except OSError as error:
-        pytest.skip(f"{path} cannot be changed here: {error}")
-
-
-@contextlib.contextmanager
-def pool(path, n_pages):
-    """So many huge pages in a pool of the machine's, where somebody allowed the tests that."""
-    if path == NR_HUGEPAGES and SIMULATED:
-        pytest.skip("the pool's pages are the machine's, and not the simulated ones")
-    before = path.read_text() if path.exists() else ""
-    set_or_skip(path, str(n_pages))
-    try:
-        if int(path.read_text()) < n_pages:
-            pytest.skip(f"the machine has no {n_pages} free huge pages")
-        yield
-    finally:
-        path.write_text(before)
 
 
 @pytest.fixture

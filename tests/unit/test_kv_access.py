@@ -132,9 +132,7 @@ class TestWords:
         child.write_word(offset, 2**64 - 1)
         assert child.read_word(offset) == 2**64 - 1
         assert seq.read_word(offset) == before
-        np.testing.assert_array_equal(
-            child.v(1, 6, 8, on_cross="copy"), rows[6:8, 1, 1]
-        )
+        np.testing.assert_array_equal(child.v(1, 6, 8, on_cross="copy"), rows[6:8, 1, 1])
         child.cache.check()
 
     @pytest.mark.parametrize("offset", [-8, 1, 4, PAGE - 4, PAGE - 1, 1 << 62, 10**30])

@@ -54,9 +54,7 @@ def test_a_step_is_a_token_of_each(cache, threads):
         assert sequence.positions.tolist() == list(range(len(expected)))
         for layer in range(N_LAYERS):
             for read, kv in ((sequence.k, 0), (sequence.v, 1)):
-                np.testing.assert_array_equal(
-                    read(layer, on_cross="copy"), expected[:, layer, kv]
-                )
+                np.testing.assert_array_equal(read(layer, on_cross="copy"), expected[:, layer, kv])
     for layer in range(N_LAYERS):
         for kind, kv in (("k", 0), ("v", 1)):
             gathered = cache.gather(sequences, layer, kind)
@@ -109,9 +107,7 @@ def test_all_or_none_without_memory():
         assert [len(sequence) for sequence in sequences] == [1, 1, 1, 0]
         assert not any(sequence.closed for sequence in sequences)
         cache.append_batch(sequences[:3], tokens[1, :3])
-        np.testing.assert_array_equal(
-            cache.gather(sequences[:1], 0, "k"), tokens[:, 0, 0, 0]
-        )
+        np.testing.assert_array_equal(cache.gather(sequences[:1], 0, "k"), tokens[:, 0, 0, 0])
         cache.check()
 
 
@@ -127,9 +123,11 @@ def test_all_or_none_without_room(cache):
 
 def test_what_does_not_fit(cache):
     sequence, kv = cache.sequence(), make_tokens(1, 1)[0]
-    with KVCache(cache.layout) as another:
-        with pytest.raises(ValueError, match="no sequence of this cache"):
-            cache.append_batch([another.sequence()], kv)
+    with (
+        KVCache(cache.layout) as another,
+        pytest.raises(ValueError, match="no sequence of this cache"),
+    ):
+        cache.append_batch([another.sequence()], kv)
     with pytest.raises(ValueError, match="no sequence of this cache"):
         cache.gather([3], 0, "k")
     with pytest.raises(ValueError, match="twice"):
@@ -157,9 +155,11 @@ def test_what_does_not_fit(cache):
 
 
 def test_layers_that_differ_go_token_by_token():
-    with KVCache(KVLayout(2, (1, 2), 8, 20)) as cache:
-        with pytest.raises(ValueError, match="append_token"):
-            cache.append_batch([cache.sequence()], np.empty((1, 2, 2, 1, 8), np.float16))
+    with (
+        KVCache(KVLayout(2, (1, 2), 8, 20)) as cache,
+        pytest.raises(ValueError, match="append_token"),
+    ):
+        cache.append_batch([cache.sequence()], np.empty((1, 2, 2, 1, 8), np.float16))
 
 
 def test_the_child_of_a_fork_may_gather(cache, threads):

@@ -164,7 +164,7 @@ def test_remap_tokens_are_whole_pages(layout):
 
 
 def test_page_safe_against_a_byte_by_byte_model():
-    for offset in range(0, 40):
+    for offset in range(40):
         for nbytes in range(1, 20):
             pages = {(offset + byte) // 16 for byte in range(nbytes)}
             assert is_page_safe(offset, nbytes, 16) == (len(pages) == 1)

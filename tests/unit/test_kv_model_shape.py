@@ -58,7 +58,12 @@ HYBRID = {
         "num_attention_heads": 16,
         "num_key_value_heads": 2,
         "head_dim": 256,
-        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        "layer_types": [
+            "linear_attention",
+            "linear_attention",
+            "linear_attention",
+            "full_attention",
+        ],
     }
 }
 
@@ -83,7 +88,11 @@ class TestHuggingFace:
 
     def test_defaults_and_options(self):
         layout = KVLayout.from_hf_config(LLAMA_3_1)
-        assert (layout.max_tokens, layout.dtype, layout.order) == (131072, "bfloat16", "interleaved")
+        assert (layout.max_tokens, layout.dtype, layout.order) == (
+            131072,
+            "bfloat16",
+            "interleaved",
+        )
         assert layout.token_bytes == 128 << 10
         layout = KVLayout.from_hf_config(LLAMA_3_1, 4096, dtype="float16", order="block", rope=None)
         assert (layout.max_tokens, layout.dtype, layout.order) == (4096, "float16", "block")

@@ -270,8 +270,7 @@ class TestPressure:
             fill(seq, rows[: N_TOKENS // 2])
             assert other.closed
             with pytest.raises(OutOfMemoryError, match="budget"):
-                for _ in range(9):
-                    fill(seq, rows)
+                fill(seq, np.concatenate([rows] * 2))
             seq.rollback()
             expected = np.concatenate([rows, rows[: N_TOKENS // 2]])[:, 0, 0]
             np.testing.assert_array_equal(read_k(seq), expected)

@@ -227,9 +227,8 @@ def test_cp_of_nothing_and_to_itself(cache):
 
 def test_cp_wants_a_sequence_of_the_same_cache(cache):
     seq, _ = filled(cache)
-    with KVCache(cache.layout) as other:
-        with pytest.raises(ValueError, match="another cache"):
-            seq.cp(other.sequence())
+    with KVCache(cache.layout) as other, pytest.raises(ValueError, match="another cache"):
+        seq.cp(other.sequence())
     with pytest.raises(TypeError, match="must be a Sequence, not int"):
         seq.cp(3)
 
@@ -397,7 +396,7 @@ def test_unknown_ids_have_no_tokens(cache):
     assert cache.sequences == []
     with pytest.raises(KeyError, match="seq_id=5"):
         cache.seq(5)
-    _, rows = filled(cache, seq_id=1)
+    filled(cache, seq_id=1)
     cache.seq_keep(5)
     assert len(cache.seq(1)) == 0
     cache.seq_cp(1, 2)
@@ -414,7 +413,7 @@ def test_negative_ids_are_refused(cache, seq_id):
         lambda: cache.seq_add(seq_id, 0, 1, 1),
         lambda: cache.seq_pos_max(seq_id),
     ]
-    for call in calls + [lambda: cache.seq_rm(-2)]:
+    for call in [*calls, lambda: cache.seq_rm(-2)]:
         with pytest.raises(ValueError, match="must not be negative"):
             call()
 
