@@ -10,9 +10,10 @@ Structure
                   after purge_after_s, or when the budget is short: the oldest is closed
 Invariants
     nobody else has a window that is in here, or a view of it
-    a timer runs while there is a window
+    a timer runs while there is a window, in the process that made the cache
 Locking
-    `lock` for the list; no window is closed with it held.
+    None, so that os.fork() leaves none taken behind: single operations of a list are atomic, and
+    whoever takes a window out of it owns it.
 """
 
 from __future__ import annotations
@@ -40,12 +41,11 @@ class WarmWindows:
         How long a window lies idle before it is closed; 0: nothing is kept.
     """
 
-    __slots__ = ("__weakref__", "_entries", "_lock", "_timer", "purge_after_s")
+    __slots__ = ("__weakref__", "_entries", "_timer", "purge_after_s")
 
     def __init__(self, purge_after_s: float) -> None:
         self.purge_after_s = purge_after_s
         self._entries: list[tuple[Window, float]] = []  # with since when it lies idle
-        self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
 
     def __len__(self) -> int:
@@ -54,8 +54,7 @@ class WarmWindows:
     @property
     def nbytes(self) -> int:
         """Bytes of the pages committed in it."""
-        with self._lock:
-            return sum(window.committed_bytes for window, _ in self._entries)
+        return sum(window.committed_bytes for window, _ in list(self._entries))
 
     def put(self, window: Window) -> bool:
         """Keep a window that nobody uses any more; False if it has to be closed instead."""
@@ -69,22 +68,22 @@ class WarmWindows:
             return False
         if not window.committed_bytes:
             return False
-        with self._lock:
-            self._entries.append((window, time.monotonic()))
-            self._watch()
+        self._entries.append((window, time.monotonic()))
+        self._watch()
         return True
 
     def take(self) -> Window | None:
         """Return the window put last, None if there is none."""
-        with self._lock:
-            return self._entries.pop()[0] if self._entries else None
+        with suppress(IndexError):
+            return self._entries.pop()[0]
+        return None
 
     def close_oldest(self) -> bool:
         """Give back the pages of the window that lay idle longest; False if there is none."""
-        with self._lock:
-            if not self._entries:
-                return False
+        try:
             window, _ = self._entries.pop(0)
+        except IndexError:
+            return False
         with suppress(PageallocError):  # its pages go back when nobody refers to it, at the latest
             window.close()
         return True
@@ -95,23 +94,19 @@ class WarmWindows:
             pass
 
     def _watch(self) -> None:
-        """Start a timer unless one runs; the lock is held."""
+        """Start a timer unless one runs; that two threads start one each does no harm."""
         if self._timer is None and self.purge_after_s != float("inf"):
-            oldest_s = self._entries[0][1]
-            delay_s = max(0.0, oldest_s + self.purge_after_s - time.monotonic())
-            self._timer = threading.Timer(delay_s, _purge, [weakref.ref(self)])
+            self._timer = threading.Timer(self.purge_after_s, _purge, [weakref.ref(self)])
             self._timer.daemon = True
             self._timer.start()
 
     def _close_idle(self) -> None:
-        """Close what has lain idle long enough; called by the timer."""
-        while True:
-            with self._lock:
-                now_s = time.monotonic()
-                if not self._entries or self._entries[0][1] + self.purge_after_s > now_s:
-                    self._timer = None
-                    if self._entries:
-                        self._watch()
+        """Close what has lain idle long enough, and look again later; called by the timer."""
+        self._timer = None
+        while self._entries:
+            with suppress(IndexError):
+                if self._entries[0][1] + self.purge_after_s > time.monotonic():
+                    self._watch()
                     return
             self.close_oldest()
 

@@ -181,5 +181,6 @@ def test_threads_on_sequences_of_their_own(duration_s):
     assert not failures, failures[0]
     assert cache.sequences == [prompt]
     cache.check()
+    cache.trim()
     assert cache.stats().file_bytes == prompt.committed_bytes
     cache.close()

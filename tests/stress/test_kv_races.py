@@ -1,5 +1,6 @@
 """A writer, readers, and who closes: any two of them at once end in rows or in a clear error."""
 
+import contextlib
 import signal
 import sys
 import threading
@@ -10,7 +11,7 @@ import pytest
 from stress import running
 
 from pagealloc.errors import ClosedError
-from pagealloc.kv import KVCache, KVLayout
+from pagealloc.kv import KVCache, KVLayout, Rope
 
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 64
 ORDERS = ["interleaved", "split", "block"]
@@ -141,3 +142,54 @@ def test_leaving_with_an_exception_lets_it_through(order):
     with pytest.raises(KeyError, match="what the user must see"):
         fail()
     assert arrays[0].ravel()[0] == 1
+
+
+def change(sequence, number):
+    """What a writer may do; an array of a reader's that is alive may forbid some of it."""
+    for i in range(number, number + 9):
+        if len(sequence) < 500:  # readers may have kept it from being cut
+            sequence.append_token(token(i % 1000))
+    position = int(sequence.positions[5])
+    for operation, *arguments in (
+        (sequence.rm, position, position + 4),
+        (sequence.slide, 60, 4),
+        (sequence.add, -1, -1, 3),
+    ):
+        with contextlib.suppress(BufferError):
+            operation(*arguments)
+    with sequence.fork() as child:
+        child.append_token(token(1))
+    if len(sequence) > 300:
+        with contextlib.suppress(BufferError):
+            sequence.truncate(40)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_two_readers_while_one_writes(hasty, duration_s, order):
+    """A reader finds rows that were there, whole: every V row is one number over and over."""
+    layout = KVLayout(
+        N_LAYERS, N_HEADS, HEAD_DIM, 512, order=order, block_tokens=4, rope=Rope(HEAD_DIM)
+    )
+    cache = KVCache(layout, purge_after_s=0.01)
+    sequence = cache.sequence()
+    failures, stop = [], threading.Event()
+
+    def read():
+        while not stop.is_set():
+            copies = (sequence.v(1, on_cross="copy"), cache.gather([sequence], 2, "v"))
+            failures.extend(rows for rows in copies if not (rows == rows[:, :1, :1]).all())
+            sequence.k(0, on_cross="copy")
+            del copies
+
+    for number in range(40):
+        sequence.append_token(token(number))
+    number = 40
+    with running(stop, *(threading.Thread(target=read) for _ in range(2))):
+        end = time.monotonic() + duration_s
+        while time.monotonic() < end and not failures:
+            change(sequence, number)
+            number += 9
+    assert not failures, failures[0]
+    assert number > 40
+    cache.check()
+    cache.close()
