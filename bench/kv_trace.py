@@ -156,13 +156,13 @@ def warm(shape: str) -> dict[str, Any]:
         prompt = cache.sequence()
         rows.append(prompt, 992)  # whole KV blocks: no shared block is written to
         n_faults = []
-        for _ in range(12):
+        for _ in range(30):
             meter = Meter()
             seq = prompt.fork()
             rows.append(seq, 512)
             n_faults.append(meter.n_faults)
             seq.close()
-        return {"cold": n_faults[0], "n_faults": n_faults[2:]}
+        return {"cold": n_faults[0], "n_faults": n_faults[10:]}
 
 
 def scale(order: str) -> dict[str, Any]:

@@ -188,11 +188,7 @@ class KVCache:
             The cache is closed, or inherited through ``os.fork()``.
         """
         if seq_id is None:
-            while self._find(self._next_seq_id) is not None:
-                self._next_seq_id += 1
-            seq_id = self._next_seq_id
-            self._next_seq_id += 1
-            return Sequence(self, seq_id, evictable=evictable)
+            return self._new_sequence(evictable=evictable)
         seq_id = _seq_id(seq_id)
         if self._find(seq_id) is not None:
             raise ValueError(f"seq_id={seq_id}: this sequence exists; use seq({seq_id})")
@@ -352,6 +348,14 @@ class KVCache:
         found = self._find(_seq_id(seq_id))
         return -1 if found is None else found.pos_max()
 
+    def _new_sequence(self, **options: bool) -> Sequence:
+        """Return a new sequence with the next free number."""
+        while self._find(self._next_seq_id) is not None:
+            self._next_seq_id += 1
+        seq_id = self._next_seq_id
+        self._next_seq_id += 1
+        return Sequence(self, seq_id, **options)
+
     def _find(self, seq_id: int) -> Sequence | None:
         reference = self._sequences.get(seq_id)
         found = None if reference is None else reference()
@@ -437,14 +441,15 @@ class KVCache:
             sequence.close()
         self._store.close()
 
-    def _new_window(self) -> Window:
+    def _new_window(self, *, for_fork: bool = False) -> Window:
         self._check_open()
         if os.getpid() != self._pid:
             raise ForkedError(
                 "this process inherited the cache through os.fork() and may only read it: "
                 "build a new KVCache here"
             )
-        return self._warm.take() or Window(self._store, self._layout.window_bytes)
+        warm = self._warm.take(for_fork=for_fork)
+        return warm or Window(self._store, self._layout.window_bytes)
 
     def _retire(self, window: Window, *, is_idle: bool) -> bool:
         """Keep the window of a sequence that is closed; False if it has to be closed, too.

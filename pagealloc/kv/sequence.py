@@ -57,6 +57,10 @@ class Sequence(SequenceRows):
         The cache it belongs to.
     seq_id : int
         Its number in the cache.
+    evictable : bool
+        Whether the cache may close it to make room for others.
+    for_fork : bool
+        Whether it is about to share another sequence's first pages.
 
     Examples
     --------
@@ -87,7 +91,14 @@ class Sequence(SequenceRows):
     evictable: bool
     """Whether the cache may close it to make room for others; settable."""
 
-    def __init__(self, cache: KVCache, seq_id: int, *, evictable: bool = False) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        seq_id: int,
+        *,
+        evictable: bool = False,
+        for_fork: bool = False,  # noqa: ARG002  for SequenceRows, which takes the window
+    ) -> None:
         self._cache = cache
         self._seq_id = seq_id
         self.evictable = evictable
@@ -274,7 +285,7 @@ class Sequence(SequenceRows):
             raise PageBoundaryError(
                 f"cannot fork the first {n_tokens} tokens: the sequence holds {length}"
             )
-        child = self._cache.sequence()
+        child = self._cache._new_sequence(for_fork=True)
         try:
             self._share_into(child, n_tokens)
         except BaseException:

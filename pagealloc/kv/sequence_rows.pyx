@@ -94,7 +94,7 @@ cdef int64_t as_token(object number) except? -1:
 cdef class SequenceRows:
     """What `Sequence` inherits; made by it alone."""
 
-    def __cinit__(self, cache, *arguments, **options):
+    def __cinit__(self, cache, *arguments, for_fork=False, **options):
         cdef RowTable table = cache._table
         self.table = table
         self.largest_position = -1
@@ -102,7 +102,7 @@ cdef class SequenceRows:
         self.ready = <int64_t *>calloc(<size_t>table.table.n_layers, sizeof(int64_t))
         if self.lengths == NULL or self.ready == NULL:
             raise MemoryError("no memory for a sequence's lengths")
-        self._window = cache._new_window()
+        self._window = cache._new_window(for_fork=for_fork)
 
     def __dealloc__(self):
         free(self.lengths)

@@ -5,9 +5,12 @@ Purpose
     fault.  All windows of a cache are of one layout and one owner, so whose rows they held is
     nobody else's business.
 Structure
-    put() --> newest last [window, window, ...] --> take() the newest
+    put() --> newest last [window, window, ...] --> take() the newest of its kind
                   |
                   after purge_after_s, or when the budget is short: the oldest is closed
+
+    There are two kinds: those whose first page is there serve new sequences, those of forks, whose
+    first pages were shared and are gone, serve forks.
 Invariants
     nobody else has a window that is in here, or a view of it
     a timer runs while there is a window, in the process that made the cache
@@ -45,7 +48,8 @@ class WarmWindows:
 
     def __init__(self, purge_after_s: float) -> None:
         self.purge_after_s = purge_after_s
-        self._entries: list[tuple[Window, float]] = []  # with since when it lies idle
+        # with since when it lies idle, and whether it serves forks
+        self._entries: list[tuple[Window, float, bool]] = []
         self._timer: threading.Timer | None = None
 
     def __len__(self) -> int:
@@ -54,7 +58,7 @@ class WarmWindows:
     @property
     def nbytes(self) -> int:
         """Bytes of the pages committed in it."""
-        return sum(window.committed_bytes for window, _ in list(self._entries))
+        return sum(window.committed_bytes for window, _, _ in list(self._entries))
 
     def put(self, window: Window) -> bool:
         """Keep a window that nobody uses any more; False if it has to be closed instead."""
@@ -66,22 +70,26 @@ class WarmWindows:
                     window.release(run.offset, run.nbytes)
         except PageallocError:  # the kernel refused to map the own pages back
             return False
-        if not window.committed_bytes:
+        runs = window.runs()
+        if not runs:
             return False
-        self._entries.append((window, time.monotonic()))
+        self._entries.append((window, time.monotonic(), runs[0].offset > 0))
         self._watch()
         return True
 
-    def take(self) -> Window | None:
-        """Return the window put last, None if there is none."""
-        with suppress(IndexError):
-            return self._entries.pop()[0]
+    def take(self, *, for_fork: bool) -> Window | None:
+        """Return the window of a kind put last, None if there is none."""
+        for entry in reversed(list(self._entries)):
+            if entry[2] == for_fork:
+                with suppress(ValueError):  # another thread was quicker
+                    self._entries.remove(entry)
+                    return entry[0]
         return None
 
     def close_oldest(self) -> bool:
         """Give back the pages of the window that lay idle longest; False if there is none."""
         try:
-            window, _ = self._entries.pop(0)
+            window = self._entries.pop(0)[0]
         except IndexError:
             return False
         with suppress(PageallocError):  # its pages go back when nobody refers to it, at the latest

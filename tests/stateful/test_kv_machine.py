@@ -317,7 +317,7 @@ class KVMachine(RuleBasedStateMachine):
     def touch_pages(self):
         """Read every committed page: Pss counts what was touched since it was mapped."""
         windows = [twin.seq._window for twin in self.open]
-        for window in windows + [window for window, _ in self.cache._warm._entries]:
+        for window in windows + [entry[0] for entry in self.cache._warm._entries]:
             for run in window.runs():
                 np.frombuffer(window.view(run.offset, run.nbytes), np.uint8)[::512].copy()
 
