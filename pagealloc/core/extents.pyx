@@ -48,7 +48,8 @@ from pagealloc.core.os_memory cimport (
 from pagealloc.core.store_registry cimport registry_add, registry_remove
 from pagealloc.core.window_pages cimport windows_close_abandoned, windows_forget_abandoned
 
-from pagealloc.core.folios import FOLIO_BYTES, why_no_folios
+from pagealloc.core.folios import FOLIO_BYTES as _FOLIO_BYTES
+from pagealloc.core.folios import why_no_folios
 from pagealloc.errors import (
     BackingUnavailableError,
     ClosedError,
@@ -158,7 +159,7 @@ cdef class ExtentStore:
         if backing == "hugetlb":
             store.page_bytes = os_huge_page_bytes()
         elif backing == "folios":
-            store.page_bytes = max(store.page_bytes, <int64_t>FOLIO_BYTES)
+            store.page_bytes = max(store.page_bytes, <int64_t>_FOLIO_BYTES)
             store.wants_folios = True
         store.pages_per_huge = <int64_t>os_huge_page_bytes() // store.page_bytes
         store.is_hugetlb = backing == "hugetlb"
