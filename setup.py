@@ -31,8 +31,10 @@ DIRECTIVES = {
 NUMPY_MODULES = (
     "pagealloc.core.numpy_handler",
     "pagealloc.kv.batch_rows",
+    "pagealloc.kv.row_arrays",
     "pagealloc.kv.row_copy",
     "pagealloc.kv.sequence_rows",
+    "pagealloc.kv.token_positions",
 )
 NUMPY_MACROS = [
     ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION"),  # 1.26's as well

@@ -20,9 +20,17 @@ cache
 held, needed, shared, waste
     Physical bytes; bytes of the distinct rows; what sharing saves; held less needed (`KVStats`).
 
-Rooms, bottom up: layout, boundary (which pages an access touches), rows (the copy loop), lineage
-(who descends from whom), stats, views (arrays over rows), row_pages (pages kept in step with
-lengths), sequence, cache.
+position
+    Where a token stands in its conversation; `Sequence.rm` and its siblings go by it.
+warm
+    A window of a closed sequence, whose pages stay committed for the next one for a while.
+
+Rooms, bottom up: rope, model_shape (shapes from files), layer_rows, layout (where rows lie),
+row_table (the same in C), boundary (which pages an access touches), row_copy (the copy loops),
+row_arrays (arrays over rows), token_positions, sequence_rows (what every token passes), batch_rows
+(of many sequences), lineage (which tokens are whose), stats, views (arrays over KV blocks),
+row_pages (pages kept in step with lengths), warm_windows, pressure (what is given up at the
+limit), seq_ops (by position), sequence, sequences_by_id, batches, cache.
 """
 
 from pagealloc.kv.cache import KVCache

@@ -61,18 +61,29 @@ cdef class BatchRows:
             raise MemoryError("no memory for a batch")
         for i in range(len(sequences)):
             rows = sequences[i]
-            rows.require_open()
-            self.parts[i].n_tokens = rows.length_of(layer)
+            self.pin(rows, layer, &self.parts[i])
             self.parts[i].row = self.n_rows
             self.n_rows += self.parts[i].n_tokens
-            # Marked with the rows it relies on: they are neither dropped nor moved meanwhile.
-            self.pins.append(
-                rows._window.view(0, 1, mark=self.parts[i].n_tokens, holes="allowed")
-            )
-            self.parts[i].window = rows.base()
 
     def __dealloc__(self):
         free(self.parts)
+
+    cdef int pin(self, SequenceRows rows, int64_t layer, part_t *part) except -1:
+        """Mark the rows of a layer: they are neither dropped nor moved until this object goes.
+
+        Once the view is there, whoever cuts the sequence sees it; who did so before is seen here.
+        """
+        cdef int64_t n_cuts
+        while True:
+            rows.require_open()
+            n_cuts = rows.n_cuts
+            part.n_tokens = rows.length_of(layer)
+            view = rows._window.view(0, 1, mark=part.n_tokens, holes="allowed")
+            if rows.n_cuts == n_cuts:
+                break
+        self.pins.append(view)
+        part.window = rows.base()
+        return 0
 
     def write(self, np.ndarray kv not None, int64_t start, int64_t end) -> None:
         """Copy tokens (S, L, 2, H, D), of sequences [start, end), behind their last ones."""
@@ -99,7 +110,7 @@ cdef class BatchRows:
         cdef int64_t i
         for i in range(len(self.sequences)):
             rows = self.sequences[i]
-            rows.add_positions(self.parts[i].n_tokens + 1, firsts[i])
+            rows.tokens.add(self.parts[i].n_tokens + 1, firsts[i])
             rows.n_even = self.parts[i].n_tokens + 1
 
     def gather(

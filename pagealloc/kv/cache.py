@@ -12,15 +12,12 @@ Invariants
     n_sequences counts open sequences; a sequence nobody refers to gives its pages back by itself.
     needed_bytes <= file_bytes, for every distinct row lies in the file at least once.
 Locking
-    None of its own: the store serialises, and the registry is only touched by single operations of
-    a dict, which are atomic.
+    None of its own: the store serialises.
 """
 
 from __future__ import annotations
 
-import operator
 import os
-import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
@@ -36,7 +33,7 @@ from pagealloc.kv.layout import KVLayout
 from pagealloc.kv.lineage import count_distinct_tokens
 from pagealloc.kv.pressure import Pressure
 from pagealloc.kv.row_table import RowTable
-from pagealloc.kv.sequence import Sequence
+from pagealloc.kv.sequences_by_id import SequencesById
 from pagealloc.kv.stats import KVStats, page_table_bytes
 from pagealloc.kv.warm_windows import WarmWindows
 from pagealloc.units import format_bytes
@@ -47,6 +44,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from pagealloc.kv.sequence import Sequence
+
 __all__ = ["KVCache"]
 
 Backing = Literal["auto", "base", "folios", "hugetlb"]
@@ -56,7 +55,7 @@ FOLIO_BYTES = 64 << 10
 # ruff: noqa: SLF001  cache and sequences are one unit
 
 
-class KVCache:
+class KVCache(SequencesById):
     """Holds the KV rows of any number of sequences.
 
     Parameters
@@ -103,13 +102,10 @@ class KVCache:
     __slots__ = (
         "__weakref__",
         "_layout",
-        "_named",
-        "_next_seq_id",
         "_page_table_bytes_before",
         "_pid",
         "_pressure",
         "_salt",
-        "_sequences",
         "_store",
         "_table",
         "_warm",
@@ -132,13 +128,11 @@ class KVCache:
             raise TypeError(f"salt must be str or bytes, not {type(salt).__name__}")
         if not purge_after_s >= 0:
             raise ValueError(f"purge_after_s={purge_after_s!r}: at least 0 is possible")
+        super().__init__()
         self._pressure = Pressure(high_watermark, on_pressure)
         self._warm = WarmWindows(purge_after_s)
         self._layout = layout
         self._salt = salt
-        self._sequences: dict[int, weakref.ref[Sequence]] = {}  # by seq_id
-        self._named: dict[int, Sequence] = {}  # those that were asked for by seq_id: kept alive
-        self._next_seq_id = 0
         self._page_table_bytes_before = page_table_bytes()
         self._table = RowTable(layout)
         self._pid = os.getpid()
@@ -166,55 +160,6 @@ class KVCache:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._store.closed
-
-    def sequence(self, seq_id: int | None = None, *, evictable: bool = False) -> Sequence:
-        """Return a new, empty sequence.  It takes a warm window, or reserves address space.
-
-        Parameters
-        ----------
-        seq_id : int, optional
-            Its number.  A sequence that was given one lives until it or the cache is closed; one
-            that was not, and gets the next free one, as long as somebody refers to it.
-        evictable : bool
-            Whether the cache may close it to make room for others, as for a stored prompt.
-
-        Raises
-        ------
-        ValueError
-            `seq_id` is negative, or an open sequence's.
-        OutOfMemoryError
-            The kernel refused the address range.
-        ClosedError, ForkedError
-            The cache is closed, or inherited through ``os.fork()``.
-        """
-        if seq_id is None:
-            return self._new_sequence(evictable=evictable)
-        seq_id = _seq_id(seq_id)
-        if self._find(seq_id) is not None:
-            raise ValueError(f"seq_id={seq_id}: this sequence exists; use seq({seq_id})")
-        sequence = Sequence(self, seq_id, evictable=evictable)
-        self._named[seq_id] = sequence
-        return sequence
-
-    def seq(self, seq_id: int) -> Sequence:
-        """Return the open sequence of this number.
-
-        Raises
-        ------
-        KeyError
-            There is none.
-        """
-        found = self._find(_seq_id(seq_id))
-        if found is None:
-            raise KeyError(f"no open sequence has seq_id={seq_id}")
-        return found
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        """The open sequences, oldest first."""
-        references = list(self._sequences.values())
-        found = [sequence for reference in references if (sequence := reference()) is not None]
-        return [sequence for sequence in found if not sequence.closed]
 
     # --- many sequences at once ---------------------------------------------------------------
 
@@ -283,83 +228,6 @@ class KVCache:
             layer; or a sequence is closed.
         """
         return gather(self, sequences, layer, kv, out)
-
-    # --- by seq_id, with llama.cpp's meaning --------------------------------------------------
-
-    def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> bool:
-        """Remove the tokens at positions [p0, p1) of a sequence, of all if `seq_id` is -1.
-
-        A sequence that does not exist has no tokens.  See `Sequence.rm`, also for what is raised.
-        """
-        if operator.index(seq_id) == -1:
-            for sequence in self.sequences:
-                sequence.rm(p0, p1)
-            return True
-        found = self._find(_seq_id(seq_id))
-        return True if found is None else found.rm(p0, p1)
-
-    def seq_cp(self, source_id: int, target_id: int, p0: int = -1, p1: int = -1) -> None:
-        """Give a sequence the tokens at positions [p0, p1) of another; see `Sequence.cp`.
-
-        A target that does not exist is made, if there is anything to give.
-        """
-        source, target = self._find(_seq_id(source_id)), self._find(_seq_id(target_id))
-        if source is None or source is target:
-            return
-        if target is not None:
-            source.cp(target, p0, p1)
-            return
-        target = self.sequence(target_id)
-        try:
-            source.cp(target, p0, p1)
-        except BaseException:
-            target.close()
-            raise
-        if not len(target):
-            target.close()
-
-    def seq_keep(self, seq_id: int) -> None:
-        """Remove all tokens of all other sequences; see `Sequence.keep`."""
-        seq_id = _seq_id(seq_id)
-        for sequence in self.sequences:
-            if sequence.seq_id != seq_id:
-                sequence.rollback()
-                sequence.rm()
-
-    def seq_add(self, seq_id: int, p0: int, p1: int, delta: int) -> None:
-        """Move tokens of a sequence by `delta` positions; see `Sequence.add`."""
-        found = self._find(_seq_id(seq_id))
-        if found is not None:
-            found.add(p0, p1, delta)
-
-    def seq_div(self, seq_id: int, p0: int, p1: int, d: int) -> None:
-        """Divide positions of a sequence by `d`; see `Sequence.div`."""
-        found = self._find(_seq_id(seq_id))
-        if found is not None:
-            found.div(p0, p1, d)
-
-    def seq_pos_min(self, seq_id: int) -> int:
-        """Return the smallest position in a sequence, -1 if it has no tokens."""
-        found = self._find(_seq_id(seq_id))
-        return -1 if found is None else found.pos_min()
-
-    def seq_pos_max(self, seq_id: int) -> int:
-        """Return the largest position in a sequence, -1 if it has no tokens."""
-        found = self._find(_seq_id(seq_id))
-        return -1 if found is None else found.pos_max()
-
-    def _new_sequence(self, **options: bool) -> Sequence:
-        """Return a new sequence with the next free number."""
-        while self._find(self._next_seq_id) is not None:
-            self._next_seq_id += 1
-        seq_id = self._next_seq_id
-        self._next_seq_id += 1
-        return Sequence(self, seq_id, **options)
-
-    def _find(self, seq_id: int) -> Sequence | None:
-        reference = self._sequences.get(seq_id)
-        found = None if reference is None else reference()
-        return None if found is None or found.closed else found
 
     # --- what it holds ------------------------------------------------------------------------
 
@@ -472,22 +340,6 @@ class KVCache:
         self._store.trim()
         return max(0, before_bytes - self._store.committed_bytes)
 
-    def _register(self, sequence: Sequence) -> None:
-        key, registry = sequence.seq_id, self._sequences
-
-        def drop(reference: weakref.ref[Sequence]) -> None:
-            if registry.get(key) is reference:
-                del registry[key]
-
-        registry[key] = weakref.ref(sequence, drop)
-
-    def _forget(self, sequence: Sequence) -> None:
-        if self._named.get(sequence.seq_id) is sequence:
-            del self._named[sequence.seq_id]
-        reference = self._sequences.get(sequence.seq_id)
-        if reference is not None and reference() is sequence:
-            del self._sequences[sequence.seq_id]
-
     def _check_open(self) -> None:
         if self._store.closed:
             raise ClosedError("the cache is closed")
@@ -522,11 +374,3 @@ def _new_store(layout: KVLayout, budget_bytes: int | str | None, backing: Backin
         with suppress(BackingUnavailableError):
             return ExtentStore(budget_bytes=budget_bytes, name="pagealloc-kv", backing="folios")
     return ExtentStore(budget_bytes=budget_bytes, name="pagealloc-kv", backing=backing)
-
-
-def _seq_id(seq_id: int) -> int:
-    """Return a sequence's number as an int."""
-    number = operator.index(seq_id)
-    if number < 0:
-        raise ValueError(f"seq_id={number}: must not be negative")
-    return number

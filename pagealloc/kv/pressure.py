@@ -95,7 +95,9 @@ class Pressure:
     def _evict(self, cache: KVCache, keep: Collection[Sequence]) -> bool:
         """Close the evictable sequence used longest ago, that no array keeps open."""
         candidates = [
-            seq for seq in cache.sequences if seq.evictable and not any(seq is k for k in keep)
+            seq
+            for seq in cache.sequences
+            if seq.evictable and not seq._is_growing and not any(seq is kept for kept in keep)
         ]
         for sequence in sorted(candidates, key=lambda seq: seq._last_use):
             with suppress(BufferError, PageallocError):

@@ -150,6 +150,7 @@ class RowPages:
         self, rows: SequenceRows, other: RowPages, other_rows: SequenceRows, n_tokens: int
     ) -> None:
         """Map the pages of the first tokens of another sequence, where nothing is committed."""
+        self.cut(rows, 0)  # pages made ready for rows that never came
         rows_pages = boundary.pages_of(self.layout, other_rows.layer_lengths)
         beyond = boundary.subtract(boundary.pages_of(self.layout, other_rows._ready), rows_pages)
         other.spare = boundary.page_spans(self.layout, [*other.spare, *beyond])

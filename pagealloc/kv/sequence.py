@@ -186,13 +186,16 @@ class Sequence(SequenceRows):
         self, layers: list[int], end: int, keep: Collection[Sequence] | None = None
     ) -> None:
         """Commit pages for rows up to `end`, whatever else is evicted for it but `keep`."""
-        self._is_growing = True
+        self._is_growing, n_cuts = True, self._n_cuts
         try:
             with_room(
                 self._cache, keep or [self], lambda: self._pages.make_ready(self, layers, end)
             )
         finally:
             self._is_growing = False
+        if self._n_cuts != n_cuts:
+            self._check_open()
+            raise ValueError("on_pressure() changed the sequence that was being appended to")
         self._touch()
 
     def _touch(self) -> None:
@@ -314,21 +317,26 @@ class Sequence(SequenceRows):
         """
         if self.closed:
             return
+        self._check_no_views()
         lengths = self.layer_lengths
-        self._set_lengths([0] * self._layout.n_layers)  # as `_hide_rows`
-        if self._window.n_views:
-            self._set_lengths(lengths)
-            raise BufferError(
-                "cannot close the sequence: arrays that k() and v() returned are still alive"
-            )
+        self._is_closed = True  # first: a thread that appends or reads meanwhile shall meet this
         try:
+            self._set_lengths([0] * self._layout.n_layers)  # as `_hide_rows`
+            self._check_no_views()
             if not self._cache._retire(self._window, is_idle=not self._is_growing):
                 self._window.close()
         except BaseException:
+            self._is_closed = False
             self._set_lengths(lengths)
             raise
-        self._is_closed = True
+        self._set_positions(self.positions[:0])
         self._cache._forget(self)
+
+    def _check_no_views(self) -> None:
+        if self._window.n_views:
+            raise BufferError(
+                "cannot close the sequence: arrays that k() and v() returned are still alive"
+            )
 
     def _evict(self) -> None:
         self.close()

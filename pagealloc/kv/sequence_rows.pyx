@@ -12,7 +12,7 @@ Structure
 Invariants
     n_even >= 0  <=>  all layers are n_even long (and `lengths` is stale)
     length_of(layer) <= ready[layer] <= max_tokens;  least_ready == min(ready)
-    n_positions == max(length_of(layer))
+    as many positions as max(length_of(layer))
     rows up to `ready` may be written: their pages are committed and private
     an array is an export of the window, marked with the token it reaches to: while it lives the
     window is not closed and no row under it is dropped
@@ -28,11 +28,11 @@ Units
 cimport cython
 cimport numpy as np
 from cpython.number cimport PyNumber_Index
-from cpython.object cimport PyObject, PyTypeObject
-from libc.stdint cimport INT32_MAX, INT64_MAX, INT64_MIN, int32_t, int64_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint64_t
+from libc.stdlib cimport calloc, free
 
 from pagealloc cimport WindowView
+from pagealloc.kv.row_arrays cimport array_over, copied_rows, empty_rows
 from pagealloc.kv.row_copy cimport (
     as_array,
     move_rows,
@@ -51,20 +51,12 @@ from pagealloc.kv.row_table cimport (
     kind_t,
     table_t,
 )
+from pagealloc.kv.token_positions cimport TokenPositions
 
-from pagealloc import default_allocator
 from pagealloc.errors import ClosedError, ForkedError, InvariantError, PageBoundaryError
 from pagealloc.kv import boundary
 
 np.import_array()
-
-cdef extern from "numpy/arrayobject.h":
-    # As NumPy's own .pxd, whose last parameter cannot be NULL.
-    np.ndarray new_array "PyArray_New"(
-        PyTypeObject *subtype, int n_dims, np.npy_intp *shape, int type_number,
-        np.npy_intp *strides, void *data, int item_bytes, int flags, PyObject *like
-    )
-    PyTypeObject PyArray_Type
 
 cdef extern from * nogil:
     """
@@ -97,7 +89,7 @@ cdef class SequenceRows:
     def __cinit__(self, cache, *arguments, for_fork=False, **options):
         cdef RowTable table = cache._table
         self.table = table
-        self.largest_position = -1
+        self.tokens = TokenPositions()
         self.lengths = <int64_t *>calloc(<size_t>table.table.n_layers, sizeof(int64_t))
         self.ready = <int64_t *>calloc(<size_t>table.table.n_layers, sizeof(int64_t))
         if self.lengths == NULL or self.ready == NULL:
@@ -107,7 +99,6 @@ cdef class SequenceRows:
     def __dealloc__(self):
         free(self.lengths)
         free(self.ready)
-        free(self.positions)
 
     # --- lengths, kept in step by `sequence` and `row_pages` -----------------------------------
 
@@ -170,82 +161,19 @@ cdef class SequenceRows:
     @property
     def positions(self) -> np.ndarray:
         """Position of each token, in the order of storage: a copy, shape (T,), int32."""
-        cdef np.npy_intp n_tokens = self.n_positions
-        cdef np.ndarray copy = np.PyArray_EMPTY(1, &n_tokens, np.NPY_INT32, 0)
-        cdef int32_t *target = <int32_t *>np.PyArray_DATA(copy)
-        cdef int64_t i
-        for i in range(self.n_positions):
-            target[i] = self.positions[i]
-        return copy
-
-    cdef int reserve_positions(self, int64_t n_tokens) except -1:
-        cdef int64_t capacity = max(64, self.positions_capacity)
-        cdef int32_t *positions
-        if n_tokens <= self.positions_capacity:
-            return 0
-        while capacity < n_tokens:
-            capacity *= 2
-        positions = <int32_t *>realloc(self.positions, <size_t>capacity * sizeof(int32_t))
-        if positions == NULL:
-            raise MemoryError("no memory for the positions of a sequence's tokens")
-        self.positions = positions
-        self.positions_capacity = capacity
-        return 0
+        return self.tokens.as_array()
 
     def _set_positions(self, positions) -> None:
         """Replace all positions; int32."""
-        cdef np.ndarray given = np.PyArray_FROMANY(
-            positions, np.NPY_INT32, 1, 1, np.NPY_ARRAY_CARRAY
-        )
-        cdef int64_t i, n_tokens = np.PyArray_DIM(given, 0)
-        self.reserve_positions(n_tokens)
-        self.largest_position = -1
-        for i in range(n_tokens):
-            self.positions[i] = (<int32_t *>np.PyArray_DATA(given))[i]
-            self.largest_position = max(self.largest_position, self.positions[i])
-        self.n_positions = n_tokens
-
-    cdef int64_t first_position(self, int64_t start, int64_t end, object position) except -1:
-        """Position of the first token behind n_positions if tokens [start, end) come; or refuse.
-
-        Makes room for all of them, so that `add_positions` cannot fail.
-        """
-        cdef int64_t first = self.largest_position + 1
-        cdef int64_t i
-        if position is not None:
-            first = PyNumber_Index(position)
-            if first < 0:
-                raise ValueError(f"position={first}: must not be negative")
-            for i in range(start, min(end, self.n_positions)):
-                if self.positions[i] != first + i - start:
-                    raise ValueError(
-                        f"position={first}: other layers have token {i} at position "
-                        f"{self.positions[i]}, not {first + i - start}"
-                    )
-            first += max(0, self.n_positions - start)
-        if first > INT32_MAX - (end - start):
-            raise ValueError(f"position {first + end - start} is too large: at most {INT32_MAX}")
-        self.reserve_positions(end)
-        return first
-
-    cdef void add_positions(self, int64_t end, int64_t first) noexcept:
-        cdef int64_t i, n_before = self.n_positions
-        for i in range(n_before, end):
-            self.positions[i] = <int32_t>(first + i - n_before)
-        if end > n_before:
-            self.n_positions = end
-            self.largest_position = max(self.largest_position, first + end - n_before - 1)
+        self.tokens.replace(positions)
 
     def pos_min(self) -> int:
         """Return the smallest position of its tokens, -1 if it has none."""
-        cdef int64_t i, found = self.largest_position
-        for i in range(self.n_positions):
-            found = min(found, self.positions[i])
-        return found
+        return self.tokens.smallest()
 
     def pos_max(self) -> int:
         """Return the largest position of its tokens, -1 if it has none."""
-        return self.largest_position
+        return self.tokens.largest
 
     # --- appending -----------------------------------------------------------------------------
 
@@ -321,7 +249,7 @@ cdef class SequenceRows:
             )
         start = self.length_of(at)
         end = start + k_rows.n_tokens
-        first = self.first_position(start, end, position)
+        first = self.tokens.first_of(start, end, position)
         if end > self.ready[at]:
             self._make_ready([at], end)
         token_bytes = (
@@ -342,7 +270,7 @@ cdef class SequenceRows:
         else:
             write_rows(&self.table.table, base, at, 0, start, &k_rows)
             write_rows(&self.table.table, base, at, 1, start, &v_rows)
-        self.add_positions(end, first)
+        self.tokens.add(end, first)
         self.set_length(at, end)
 
     def append_token(self, kv, *, position=None) -> None:
@@ -372,11 +300,11 @@ cdef class SequenceRows:
         start = self.n_even
         if start < 0:
             self._equal_length("append a token")
-        first = self.first_position(start, start + 1, position)
+        first = self.tokens.first_of(start, start + 1, position)
         if start >= self.least_ready:
             self.make_token_ready(start)
         write_token(&self.table.table, self.base(), start, &rows, layer_stride)
-        self.add_positions(start + 1, first)
+        self.tokens.add(start + 1, first)
         self.n_even = start + 1
 
     cdef int make_token_ready(self, int64_t start) except -1:
@@ -389,7 +317,7 @@ cdef class SequenceRows:
         """The position of one more token of all layers, for which there is room from then on."""
         if self.n_even < 0:
             self._equal_length("append a token")
-        return self.first_position(self.n_even, self.n_even + 1, position)
+        return self.tokens.first_of(self.n_even, self.n_even + 1, position)
 
     def _make_token_ready(self, keep) -> None:
         """Pages for one more token; `keep` are the sequences that must not be evicted for it."""
@@ -413,7 +341,7 @@ cdef class SequenceRows:
         start = self.n_even
         if start < 0:
             self._equal_length("append a token")
-        first = self.first_position(start, start + 1, position)
+        first = self.tokens.first_of(start, start + 1, position)
         if start >= self.least_ready:
             self.make_token_ready(start)
         base = self.base()
@@ -421,7 +349,7 @@ cdef class SequenceRows:
             for kv in range(2):
                 row_of(self.table, pair[kv], f"{'kv'[kv]} of layer {i}", i, kv, &rows)
                 write_rows(&self.table.table, base, i, kv, start, &rows)
-        self.add_positions(start + 1, first)
+        self.tokens.add(start + 1, first)
         self.n_even = start + 1
         return 0
 
@@ -476,7 +404,6 @@ cdef class SequenceRows:
         self, object layer, int64_t kv, object start, object end, str on_cross
     ):
         cdef const table_t *table = &self.table.table
-        cdef const kind_t *kind
         cdef access_t access
         cdef WindowView view
         cdef int64_t at, first, last, n_tokens, n_cuts
@@ -484,7 +411,6 @@ cdef class SequenceRows:
         if on_cross != "view" and on_cross != "copy" and on_cross != "raise":
             raise ValueError(f"on_cross={on_cross!r}: 'view', 'copy' and 'raise' are possible")
         at = self.layer_index(layer)
-        kind = &table.kinds[2 * at + kv]
         while True:
             self.require_open()
             n_cuts = self.n_cuts
@@ -492,7 +418,7 @@ cdef class SequenceRows:
             first = as_token(start)
             last = n_tokens if end is None else as_token(end)
             if first == last and 0 <= first <= n_tokens:
-                return self.empty_rows(at, kv)
+                return empty_rows(self.table, at, kv)
             if check_access(table, at, first, last, kv, n_tokens, &access):
                 boundary.check_rows(
                     self.table.layout, at, PyNumber_Index(start),
@@ -519,58 +445,12 @@ cdef class SequenceRows:
             if view is None:        # the pages went while we looked
                 continue
             if is_view:
-                array = self.array_over(view, kind, kv, last - first)
+                array = array_over(self.table, view, at, kv, last - first)
             else:
-                array = self.copied_rows(at, kv, first, last)
+                array = copied_rows(self.table, self.base(), at, kv, first, last)
             if self.n_cuts == n_cuts:
                 return array
             del array, view
-
-    cdef object array_over(
-        self, WindowView view, const kind_t *kind, int64_t kv, int64_t n_tokens
-    ):
-        """An array (T, H, D) over the view, which it keeps alive."""
-        cdef np.npy_intp[3] shape
-        cdef np.npy_intp[3] strides
-        cdef np.ndarray array
-        shape[0], shape[1], shape[2] = n_tokens, kind.n_heads, kind.head_dim
-        strides[0] = kind.stride
-        strides[1], strides[2] = kind.head_dim * kind.item_bytes, kind.item_bytes
-        array = new_array(
-            &PyArray_Type, 3, shape, self.table.type_numbers[kv], strides, view.memory(), 0,
-            np.NPY_ARRAY_ALIGNED, NULL,
-        )
-        np.set_array_base(array, view)
-        return array
-
-    cdef object empty_rows(self, int64_t layer, int64_t kv):
-        cdef np.npy_intp[3] shape
-        cdef const kind_t *kind = &self.table.table.kinds[2 * layer + kv]
-        shape[0], shape[1], shape[2] = 0, kind.n_heads, kind.head_dim
-        array = np.PyArray_EMPTY(3, shape, self.table.type_numbers[kv], 0)
-        array.flags.writeable = False
-        return array
-
-    cdef object copied_rows(self, int64_t layer, int64_t kv, int64_t first, int64_t last):
-        """A read-only copy (T, H, D), in a Buffer of the default allocator, whose caches keep it
-        for the next one."""
-        cdef const kind_t *kind = &self.table.table.kinds[2 * layer + kv]
-        cdef int64_t nbytes = (last - first) * kind.row_bytes
-        cdef char *base = self.base()
-        cdef char *target
-        cdef np.npy_intp[3] shape
-        cdef np.ndarray array
-        buffer = default_allocator().alloc(nbytes)
-        target = <char *><uintptr_t>buffer.address
-        with nogil:     # a view of these rows, the caller's, keeps them where they are
-            read_rows(&self.table.table, base, layer, kv, first, last, target)
-        shape[0], shape[1], shape[2] = last - first, kind.n_heads, kind.head_dim
-        array = new_array(
-            &PyArray_Type, 3, shape, self.table.type_numbers[kv], NULL, target, 0,
-            np.NPY_ARRAY_CARRAY_RO, NULL,
-        )
-        np.set_array_base(array, buffer)
-        return array
 
     # --- copies, for what happens once a conversation -------------------------------------------
 
@@ -614,18 +494,16 @@ cdef class SequenceRows:
         move_rows(&self.table.table, self.base(), start, end, target)
 
     def _check_rows(self) -> None:
-        cdef int64_t i, largest = -1
         lengths, ready = self.layer_lengths, self._ready
         if (self.n_even >= 0) != (min(lengths) == max(lengths)):
             raise InvariantError(f"n_even is {self.n_even}, the lengths are {lengths}")
         if self.least_ready != min(ready):
             raise InvariantError(f"least_ready is {self.least_ready}, not that of {ready}")
-        if self.n_positions != max(lengths):
-            raise InvariantError(f"{self.n_positions} positions for lengths {lengths}")
-        for i in range(self.n_positions):
-            largest = max(largest, self.positions[i])
-        if largest != self.largest_position:
-            raise InvariantError(f"the largest position is {largest}, not {self.largest_position}")
+        positions = self.positions
+        if len(positions) != max(lengths):
+            raise InvariantError(f"{len(positions)} positions for lengths {lengths}")
+        if positions.max(initial=-1) != self.tokens.largest:
+            raise InvariantError(f"the largest position is not {self.tokens.largest}")
 
     # --- single words --------------------------------------------------------------------------
 

@@ -318,6 +318,20 @@ class TestPressure:
             assert len(calls) == 1
             assert len(keep) == N_TOKENS
 
+    def test_a_callback_that_cuts_what_is_appended_to(self):
+        with self.make_cache(
+            1, high_watermark=0.5, on_pressure=lambda cache: cache.sequences[0].truncate(3)
+        ) as cache:
+            seq, rows = cache.sequence(), make_rows(N_TOKENS)
+            n_tokens = cache.layout.block_tokens * (cache.layout.n_blocks(N_TOKENS) // 2)
+            for token in rows[:n_tokens]:
+                seq.append_token(token)
+            with pytest.raises(ValueError, match="changed the sequence"):
+                seq.append_token(rows[n_tokens])
+            assert len(seq) == 3
+            np.testing.assert_array_equal(read_k(seq), rows[:3, 0, 0])
+            cache.check()
+
     def test_what_the_callback_raises_comes_out(self):
         def refuse(cache):
             raise RuntimeError("no")

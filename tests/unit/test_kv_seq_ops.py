@@ -216,6 +216,16 @@ def test_cp_appends_what_the_target_has_not(cache):
     assert cache.stats().needed_bytes == 104 * cache.layout.token_bytes
 
 
+def test_cp_to_a_sequence_that_lost_its_rows(cache):
+    """Pages made ready for rows that never came are no obstacle."""
+    seq, rows = filled(cache)
+    target = cache.sequence()
+    target._make_ready(list(range(N_LAYERS)), 40)
+    seq.cp(target)
+    np.testing.assert_array_equal(read(target), rows)
+    cache.check()
+
+
 def test_cp_of_nothing_and_to_itself(cache):
     seq, rows = filled(cache)
     target = cache.sequence()
