@@ -54,6 +54,11 @@ def filled(cache, n_tokens=100, seq_id=None):
     return seq, rows
 
 
+def unit_bytes(layout):
+    """Bytes that `remap_tokens` tokens hold: whole pages of every layer, or a KV block."""
+    return layout.block_bytes or layout.remap_tokens * layout.token_stride_bytes
+
+
 # --- rm -------------------------------------------------------------------------------------------
 
 
@@ -108,8 +113,7 @@ def test_rm_of_whole_pages_copies_none(cache, n_head):
     before = cache.stats().file_bytes
     child.rm(n_head, n_head + 2 * unit)
     n_private = 0 if n_head == 0 else 1  # the unit whose first rows stay
-    unit_bytes = unit * cache.layout.token_stride_bytes
-    assert cache.stats().file_bytes - before <= n_private * 1.5 * unit_bytes
+    assert cache.stats().file_bytes - before <= n_private * 1.5 * unit_bytes(cache.layout)
     kept = [*range(n_head), *range(n_head + 2 * unit, 8 * unit)]
     np.testing.assert_array_equal(read(child), rows[kept])
     np.testing.assert_array_equal(read(seq), rows)
@@ -365,7 +369,7 @@ def test_slide_keeps_sinks_and_the_newest(cache):
         if at % 37 == 0:
             cache.check()
     np.testing.assert_array_equal(read(seq), rows[kept])
-    assert most_bytes <= 6 * unit * cache.layout.token_stride_bytes
+    assert most_bytes <= 6 * unit_bytes(cache.layout)
     assert seq._window.n_mappings <= 8 * N_LAYERS
 
 
