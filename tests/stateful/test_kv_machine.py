@@ -285,6 +285,72 @@ class KVMachine(RuleBasedStateMachine):
         twin.is_open = False
         self.open.remove(twin)
 
+    @rule(data=st.data())
+    def append_batch(self, data):
+        ready = [twin for twin in self.open if twin.is_even and max(twin.lengths) < MAX_TOKENS]
+        if not ready:
+            return
+        batch = data.draw(st.lists(st.sampled_from(ready), unique=True))
+        tokens = self.new_rows(len(batch), N_LAYERS, 2, N_HEADS, HEAD_DIM)
+        self.cache.append_batch([twin.seq for twin in batch], tokens)
+        for twin, token in zip(batch, tokens, strict=True):
+            twin.positions.append(max(twin.positions, default=-1) + 1)
+            twin.names += self.new_names(1)
+            twin.rows = [
+                np.concatenate([rows, token[layer][None]]) for layer, rows in enumerate(twin.rows)
+            ]
+
+    @rule(layer=st.integers(0, N_LAYERS - 1), kv=st.integers(0, 1))
+    def gather(self, layer, kv):
+        gathered = self.cache.gather([twin.seq for twin in self.open], layer, "kv"[kv])
+        empty = np.empty((0, N_HEADS, HEAD_DIM), np.float16)
+        expected = np.concatenate([empty, *(twin.rows[layer][:, kv] for twin in self.open)])
+        self.assert_rows(gathered, expected)
+
+    @rule(twin=twins, data=st.data())
+    def copy_rows(self, twin, data):
+        """A copy is no export: nothing has to wait for it."""
+        if not twin.is_open:
+            return
+        layer, kv = data.draw(st.integers(0, N_LAYERS - 1)), data.draw(st.integers(0, 1))
+        start = data.draw(st.integers(0, twin.lengths[layer]))
+        end = data.draw(st.integers(start, twin.lengths[layer]))
+        read = twin.seq.v if kv else twin.seq.k
+        self.assert_rows(read(layer, start, end, on_cross="copy"), twin.rows[layer][start:end, kv])
+
+    @rule(twin=twins, data=st.data())
+    def write_word(self, twin, data):
+        """Eight bytes of a token that only this sequence has from then on."""
+        if not twin.is_open or not min(twin.lengths):
+            return
+        token = data.draw(st.integers(0, min(twin.lengths) - 1))
+        layer, kv = data.draw(st.integers(0, N_LAYERS - 1)), data.draw(st.integers(0, 1))
+        offset = -(-self.cache.layout.offset(layer, token, kv) // 8) * 8
+        if twin.reach > token:  # an array shows what is written
+            return
+        before = self.cache.layout.offset(layer, token, kv)
+        at = (offset - before) // 2
+        word = self.new_rows(4)
+        row = twin.rows[layer][token, kv].reshape(-1).copy()
+        assert twin.seq.read_word(offset) == int(row[at : at + 4].view(np.uint64)[0])
+        twin.seq.write_word(offset, int(word.view(np.uint64)[0]))
+        row[at : at + 4] = word
+        changed = twin.rows[layer].copy()
+        changed[token, kv] = row.reshape(N_HEADS, HEAD_DIM)
+        twin.rows[layer] = changed
+
+    @rule(twin=consumes(twins))
+    def evict(self, twin):
+        if not twin.is_open:
+            return
+        twin.seq.evictable = True
+        assert self.cache._pressure._evict(self.cache, []) == (not twin.arrays)
+        if twin.arrays:
+            twin.arrays.clear()
+            twin.seq.close()
+        twin.is_open = False
+        self.open.remove(twin)
+
     @rule()
     def trim(self):
         n_bytes = self.cache.trim()
