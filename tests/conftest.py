@@ -24,7 +24,9 @@ QUICK_S = 1.0  # of each test that takes duration_s, in the quick suite
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--long", action="store_true", help="the long suite: 1,000 examples of a state machine"
+        "--long",
+        action="store_true",
+        help="the long suite: 1,000 examples of each state machine of the KV cache",
     )
     parser.addoption(
         "--minutes",
