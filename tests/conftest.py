@@ -26,7 +26,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--long",
         action="store_true",
-        help="the long suite: 1,000 examples of each state machine of the KV cache",
+        help="the long suite: 1,000 examples of a KV machine",
     )
     parser.addoption(
         "--minutes",
