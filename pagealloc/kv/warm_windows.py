@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["WarmWindows"]
 
+PATIENCE_STEP_S, PATIENCE_STEPS = 0.001, 2000
+"""How long another thread's close is waited for: not for ever, for a fork may have lost it."""
+
 
 class WarmWindows:
     """The warm windows of one cache.
@@ -44,12 +47,13 @@ class WarmWindows:
         How long a window lies idle before it is closed; 0: nothing is kept.
     """
 
-    __slots__ = ("__weakref__", "_entries", "_timer", "purge_after_s")
+    __slots__ = ("__weakref__", "_closing", "_entries", "_timer", "purge_after_s")
 
     def __init__(self, purge_after_s: float) -> None:
         self.purge_after_s = purge_after_s
         # with since when it lies idle, and whether it serves forks
         self._entries: list[tuple[Window, float, bool]] = []
+        self._closing: list[tuple[Window, float, bool]] = []
         self._timer: threading.Timer | None = None
 
     def __len__(self) -> int:
@@ -88,18 +92,27 @@ class WarmWindows:
 
     def close_oldest(self) -> bool:
         """Give back the pages of the window that lay idle longest; False if there is none."""
-        try:
-            window = self._entries.pop(0)[0]
-        except IndexError:
-            return False
-        with suppress(PageallocError):  # its pages go back when nobody refers to it, at the latest
-            window.close()
-        return True
+        for entry in list(self._entries):
+            self._closing.append(entry)  # first: a window is always in one of the two lists
+            try:
+                self._entries.remove(entry)
+                with suppress(PageallocError):  # they go with the last reference, at the latest
+                    entry[0].close()
+            except ValueError:  # another thread was quicker
+                continue
+            finally:
+                self._closing.remove(entry)
+            return True
+        return False
 
     def close_all(self) -> None:
-        """Give back the pages of all windows."""
+        """Give back the pages of all windows; another thread may be doing so for some of them."""
         while self.close_oldest():
             pass
+        for _ in range(PATIENCE_STEPS):
+            if not self._closing:
+                return
+            time.sleep(PATIENCE_STEP_S)
 
     def _watch(self) -> None:
         """Start a timer unless one runs; that two threads start one each does no harm."""

@@ -416,7 +416,7 @@ class KVMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("order", ["interleaved", "split", "block"])
 def test_sequences_against_the_model(order, pad_rows, long_suite):
     machine = type(f"{order.title()}Machine", (KVMachine,), {"order": order, "pad_rows": pad_rows})
-    n_examples = 1000 if long_suite else 30
+    n_examples = 1000 if long_suite else 20
     run_state_machine_as_test(
         machine, settings=settings(max_examples=n_examples, stateful_step_count=20)
     )
