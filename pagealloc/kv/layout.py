@@ -329,7 +329,7 @@ class KVLayout:
 
     @cached_property
     def can_remap(self) -> bool:
-        """Whether K and V of a layer lie in pages of their own: in `split` order only if padded."""
+        """Whether V of each layer starts on a page in `split` order, as it does with `pad_rows`."""
         return self.order != "split" or all(
             rows.v_offset % self.page_bytes == 0 for rows in self.layers
         )
