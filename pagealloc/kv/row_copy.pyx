@@ -75,22 +75,9 @@ cdef int rows_of(
     RowTable table, object array, str name, int64_t layer, int64_t kv, rows_t *rows
 ) except -1:
     """Rows (T, H, D) of one kind of a layer that exists."""
-    cdef const kind_t *kind = &table.table.kinds[2 * layer + kv]
-    cdef np.ndarray given
-    if not is_of_type(table, array, kv):
-        refuse_type(table, array, name, kv)
-    given = <np.ndarray>array
-    if (
-        np.PyArray_NDIM(given) != 3
-        or np.PyArray_DIM(given, 1) != kind.n_heads
-        or np.PyArray_DIM(given, 2) != kind.head_dim
-    ):
-        refuse_shape(name, array, "tokens", (kind.n_heads, kind.head_dim))
-    rows.data = <char *>np.PyArray_DATA(given)
-    rows.n_tokens = np.PyArray_DIM(given, 0)
-    rows.token_stride = np.PyArray_STRIDE(given, 0)
-    rows.head_stride = np.PyArray_STRIDE(given, 1)
-    rows.item_stride = np.PyArray_STRIDE(given, 2)
+    take_rows(table, array, name, layer, kv, 1, rows)
+    rows.n_tokens = np.PyArray_DIM(<np.ndarray>array, 0)
+    rows.token_stride = np.PyArray_STRIDE(<np.ndarray>array, 0)
     return 0
 
 
@@ -98,22 +85,30 @@ cdef int row_of(
     RowTable table, object array, str name, int64_t layer, int64_t kv, rows_t *rows
 ) except -1:
     """One row (H, D) of one kind of a layer that exists."""
+    take_rows(table, array, name, layer, kv, 0, rows)
+    rows.n_tokens = 1
+    rows.token_stride = 0
+    return 0
+
+
+cdef int take_rows(
+    RowTable table, object array, str name, int64_t layer, int64_t kv, int n_before, rows_t *rows
+) except -1:
+    """Check type and shape, and note data and strides; H and D come behind `n_before` axes."""
     cdef const kind_t *kind = &table.table.kinds[2 * layer + kv]
     cdef np.ndarray given
     if not is_of_type(table, array, kv):
         refuse_type(table, array, name, kv)
     given = <np.ndarray>array
     if (
-        np.PyArray_NDIM(given) != 2
-        or np.PyArray_DIM(given, 0) != kind.n_heads
-        or np.PyArray_DIM(given, 1) != kind.head_dim
+        np.PyArray_NDIM(given) != n_before + 2
+        or np.PyArray_DIM(given, n_before) != kind.n_heads
+        or np.PyArray_DIM(given, n_before + 1) != kind.head_dim
     ):
-        refuse_shape(name, array, "", (kind.n_heads, kind.head_dim))
+        refuse_shape(name, array, "tokens" if n_before else "", (kind.n_heads, kind.head_dim))
     rows.data = <char *>np.PyArray_DATA(given)
-    rows.n_tokens = 1
-    rows.token_stride = 0
-    rows.head_stride = np.PyArray_STRIDE(given, 0)
-    rows.item_stride = np.PyArray_STRIDE(given, 1)
+    rows.head_stride = np.PyArray_STRIDE(given, n_before)
+    rows.item_stride = np.PyArray_STRIDE(given, n_before + 1)
     return 0
 
 
