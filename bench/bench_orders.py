@@ -66,10 +66,9 @@ def counts(layout: KVLayout) -> str:
         seq = cache.sequence()
         for token in np.zeros((10, 30, 2, 3, 64), np.float16):
             seq.append_token(token)
-        stats, store = cache.stats(), cache._store  # noqa: SLF001  no public figure of mappings
-        before = store.n_mappings
+        stats = cache.stats()
         with seq.fork():
-            n_mappings = store.n_mappings - before
+            n_mappings = cache.stats().n_mappings - stats.n_mappings
         return (
             f"{layout.order}: 10 tokens of {10 * layout.token_bytes / 1024:.0f} KiB hold "
             f"{stats.file_bytes / 1024:.0f} KiB and {stats.page_table_bytes / 1024:.0f} KiB of "

@@ -103,7 +103,7 @@ def ours(shape: str, order: str, options: dict[str, Any]) -> dict[str, Any]:
         "needed_bytes": stats.needed_bytes,
         "page_table_bytes": stats.page_table_bytes,
         "n_faults": n_faults,
-        "n_mappings": cache._store.n_mappings,  # noqa: SLF001  no public figure yet
+        "n_mappings": stats.n_mappings,
         "ns": ns,
     }
 
@@ -175,7 +175,7 @@ def scale(order: str) -> dict[str, Any]:
         for prompt in prompts:
             rows.append(prompt, PROMPT_TOKENS)
         sequences = [prompts[i % N_PROMPTS].fork() for i in range(n_sequences)]
-        after_forks = cache._store.n_mappings  # noqa: SLF001
+        after_forks = cache.stats().n_mappings
         step_ns, most_mappings = [], 0
         for step in range(n_steps):
             start_ns = time.perf_counter_ns()
@@ -183,8 +183,8 @@ def scale(order: str) -> dict[str, Any]:
                 seq.append_token(rows.token)
             step_ns.append(time.perf_counter_ns() - start_ns)
             if step % 100 == 0:
-                most_mappings = max(most_mappings, cache._store.n_mappings)  # noqa: SLF001
-        most_mappings = max(most_mappings, cache._store.n_mappings)  # noqa: SLF001
+                most_mappings = max(most_mappings, cache.stats().n_mappings)
+        most_mappings = max(most_mappings, cache.stats().n_mappings)
         assert all(len(seq) == PROMPT_TOKENS + n_steps for seq in sequences)
         return {
             "n_mappings_after_forks": after_forks,

@@ -252,6 +252,7 @@ class KVCache(SequencesById):
             warm_bytes=self._warm.nbytes,
             n_sequences=len(sequences),
             n_tokens=sum(len(sequence) for sequence in sequences),
+            n_mappings=store.n_mappings,
             budget_bytes=store.budget_bytes,
         )
 

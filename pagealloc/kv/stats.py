@@ -38,6 +38,8 @@ class KVStats:
         Open sequences.
     n_tokens : int
         Sum of their lengths, shared tokens counted in each.
+    n_mappings : int
+        Kernel mappings that its windows cost the process, of ``vm.max_map_count``.
     budget_bytes : int or None
         Most bytes that may be committed.
     """
@@ -50,6 +52,7 @@ class KVStats:
     warm_bytes: int
     n_sequences: int
     n_tokens: int
+    n_mappings: int
     budget_bytes: int | None
 
     @property

@@ -54,6 +54,8 @@ def test_stats_add_up(order):
         assert stats.budget_bytes == 1 << 30
         assert stats.n_sequences == 4
         assert stats.n_tokens == 100 + 3 * 110
+        assert stats.n_mappings == sum(seq._window.n_mappings for seq in cache.sequences)
+        assert stats.n_mappings >= 4
         assert stats.needed_bytes == (100 + 3 * 10) * layout.token_bytes
         assert stats.committed_bytes == stats.file_bytes >= stats.needed_bytes
         assert stats.held_bytes == stats.file_bytes + stats.page_table_bytes
