@@ -259,7 +259,8 @@ class Sequence(SequenceRows):
             self._set_lengths(lengths)
             raise BufferError(
                 f"cannot drop or change rows from token {n_tokens} on: a live array reaches to "
-                f"token {reach}; delete what k() and v() returned first"
+                f"token {reach}; delete what k() and v() returned first (while another thread "
+                "copies rows, try again)"
             )
 
     def fork(self, n_tokens: int | None = None) -> Sequence:
