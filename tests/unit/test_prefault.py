@@ -49,10 +49,11 @@ def test_a_block_is_backed_when_it_is_handed_out(backing, nbytes):
 
 @pytest.mark.parametrize("guard", ["slot", "slot+freed"])
 def test_a_guarded_block_is_backed_up_to_its_guard(guard):
+    """The interpreter takes a fault of its own now and then, and a sanitizer some more."""
     with PageAllocator(guard=guard) as allocator:
         for _ in range(2):
-            with allocator.alloc(3 * PAGE_BYTES + 5, prefault=True) as buffer:
-                assert faults_of_first_touch([buffer]) <= 2
+            with allocator.alloc(63 * PAGE_BYTES + 5, prefault=True) as buffer:
+                assert faults_of_first_touch([buffer]) <= 8
             with allocator.alloc(100, prefault=True) as buffer:
                 memoryview(buffer)[-1] = 1
         with pytest.raises(ValueError, match=r"prefault\(\) with guard="):
