@@ -10,6 +10,7 @@ variables choose another build, kept in a folder of its own under ``build/``:
 """
 
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -31,11 +32,21 @@ DIRECTIVES = {
 NUMPY_MODULES = (
     "pagealloc.core.numpy_handler",
     "pagealloc.kv.batch_rows",
+    "pagealloc.kv.quant",
     "pagealloc.kv.row_arrays",
     "pagealloc.kv.row_copy",
+    "pagealloc.kv.sequence_arrays",
     "pagealloc.kv.sequence_rows",
     "pagealloc.kv.token_positions",
+    "pagealloc.kv.window_rows",
 )
+# Loops for processors that not every machine has: imported only where they can run.
+CPU_FLAGS = {
+    "pagealloc.kv.quant_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "pagealloc.kv.quant_avx512": [
+        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+    ],
+}
 NUMPY_MACROS = [
     ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION"),  # 1.26's as well
     ("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"),
@@ -55,6 +66,8 @@ macros: list[tuple[str, str | None]] = [("_GNU_SOURCE", None)]
 if sanitizer:
     compile_args += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizer}"]
     link_args += [f"-fsanitize={sanitizer}"]
+elif "-O" in os.environ.get("CFLAGS", ""):  # the builder's wish
+    compile_args += ["-g0"]
 else:
     compile_args += ["-O3", "-g0"]
 if linetrace:
@@ -66,17 +79,23 @@ def extensions() -> list[Extension]:
     """One extension per ``.pyx``; all are rebuilt when a header or this file changes."""
     os.chdir(ROOT)  # setuptools wants paths relative to this file
     headers = sorted(str(path) for path in Path("pagealloc").rglob("*.h"))
+    sources = {
+        ".".join(source.with_suffix("").parts): source
+        for source in sorted(Path("pagealloc").rglob("*.pyx"))
+    }
+    if platform.machine() not in ("x86_64", "AMD64"):
+        sources = {name: source for name, source in sources.items() if name not in CPU_FLAGS}
     return [
         Extension(
-            ".".join(source.with_suffix("").parts),
+            name,
             [str(source)],
             depends=["setup.py", *headers],
             include_dirs=sorted({"pagealloc/core", "pagealloc/include", str(source.parent)}),
             define_macros=list(macros),
-            extra_compile_args=compile_args,
+            extra_compile_args=compile_args + CPU_FLAGS.get(name, []),
             extra_link_args=link_args,
         )
-        for source in sorted(Path("pagealloc").rglob("*.pyx"))
+        for name, source in sources.items()
     ]
 
 

@@ -67,6 +67,13 @@ OPTIONS = {
             "Report on stderr at exit what is live, and where it was allocated; 1: all of it.",
         ),
         Option(
+            "simd",
+            "auto",
+            "auto, plain, avx2 or avx512",
+            "PAGEALLOC_SIMD",
+            "Which loops pack and unpack quantised KV rows; auto: the best the processor can run.",
+        ),
+        Option(
             "page_bytes",
             None,
             "bytes",

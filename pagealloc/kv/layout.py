@@ -34,7 +34,7 @@ import operator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, cast, get_args
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, cast, get_args
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from pagealloc.errors import PageBoundaryError
 from pagealloc.kv.layer_rows import KVOrder, LayerRows, RowShape, place_layers, round_up
 from pagealloc.kv.model_shape import ModelShape, read_gguf, read_hf_config
 from pagealloc.kv.rope import Rope
+from pagealloc.kv.row_formats import FORMATS, KVType, RowFormat
 from pagealloc.units import MAX_BYTES, format_bytes
 
 if TYPE_CHECKING:
@@ -51,18 +52,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
-__all__ = ["KVDtype", "KVLayout"]
-
-KVDtype = Literal["float16", "float32", "bfloat16"]
+__all__ = ["KVLayout"]
 
 MAX_LAYERS = 1 << 16
 """A layer-major window may need a mapping a layer; kernels stop at 65,530 a process by default."""
-
-_STORAGE: dict[str, np.dtype[Any]] = {
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(np.uint16),  # NumPy has no bfloat16: the bits travel as uint16
-}
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,9 +72,10 @@ class KVLayout:
     max_tokens : int
         Tokens a sequence can hold.  Costs address space only; memory is committed by the page
         as rows arrive.
-    dtype : {"float16", "float32", "bfloat16"} or NumPy dtype
+    dtype : {"float16", "float32", "bfloat16", "q8_0", "q4_0", "int4"} or NumPy dtype
         Type of the rows; reads back as the name.  bfloat16 is stored, given and returned as
-        ``uint16``.
+        ``uint16``.  The last three are packed, and what a cache stores rows as that it quantises,
+        see `KVCache`; rows of 32 values or a multiple can be.
     order : {"interleaved", "split", "block"}
         How the rows lie in the window; see the module's docstring, and the table in the docs that
         says which to use when.
@@ -155,6 +149,7 @@ class KVLayout:
             )
         if self.page_bytes & (self.page_bytes - 1):
             raise ValueError(f"page_bytes={self.page_bytes}: must be a power of two")
+        self._check_blocks()
         self._check_rope()
         if self.window_bytes > MAX_BYTES:
             raise ValueError(
@@ -162,6 +157,18 @@ class KVLayout:
                 f"{self.window_bytes} bytes; at most {MAX_BYTES} ({format_bytes(MAX_BYTES)}) are "
                 f"possible, which is {self._most_tokens()} tokens of this shape"
             )
+
+    def _check_blocks(self) -> None:
+        """Refuse rows that are no whole blocks of a packed format."""
+        for kv, row_format in enumerate(self.formats):
+            for layer in range(self.n_layers if row_format.is_packed else 0):
+                n_heads, head_dim = self.head_shape(layer, kv)
+                if n_heads * head_dim % row_format.block_values:
+                    raise ValueError(
+                        f"{'KV'[kv]} rows of layer {layer} cannot be {row_format.name}: "
+                        f"{n_heads} heads of {head_dim} values are no multiple of "
+                        f"{row_format.block_values}"
+                    )
 
     def _check_rope(self) -> None:
         if self.rope is None:
@@ -213,7 +220,7 @@ class KVLayout:
             `config` is no mapping, or tells no shape; the message names what is missing.
         """
         shape = read_hf_config(config)
-        if shape.dtype in _STORAGE:
+        if shape.dtype in FORMATS and not FORMATS[shape.dtype].is_packed:
             options.setdefault("dtype", shape.dtype)
         return cls._of_shape(shape, max_tokens, options)
 
@@ -252,8 +259,13 @@ class KVLayout:
 
     @cached_property
     def storage_dtypes(self) -> tuple[np.dtype[Any], np.dtype[Any]]:
-        """NumPy dtypes of K and V (``uint16`` for bfloat16)."""
-        return _STORAGE[str(self.k_dtype)], _STORAGE[str(self.v_dtype)]
+        """NumPy dtypes of K and V: ``uint16`` for bfloat16, ``uint8`` for packed rows."""
+        return self.formats[0].dtype, self.formats[1].dtype
+
+    @cached_property
+    def formats(self) -> tuple[RowFormat, RowFormat]:
+        """How K and V rows are stored."""
+        return FORMATS[str(self.k_dtype)], FORMATS[str(self.v_dtype)]
 
     @cached_property
     def _places(self) -> tuple[tuple[LayerRows, ...], int]:
@@ -261,9 +273,9 @@ class KVLayout:
         n_heads = _each(self.n_kv_heads, self.n_layers)
         k_dims = _each(self.head_dim, self.n_layers)
         v_dims = k_dims if self.v_head_dim is None else _each(self.v_head_dim, self.n_layers)
-        k_bytes, v_bytes = (dtype.itemsize for dtype in self.storage_dtypes)
+        k, v = self.formats
         shapes = (
-            RowShape(heads, k_dim, v_dim, heads * k_dim * k_bytes, heads * v_dim * v_bytes)
+            RowShape(heads, k_dim, v_dim, k.row_bytes(heads * k_dim), v.row_bytes(heads * v_dim))
             for heads, k_dim, v_dim in zip(n_heads, k_dims, v_dims, strict=True)
         )
         n_tokens = self.block_tokens if self.order == "block" else self.max_tokens
@@ -340,18 +352,22 @@ class KVLayout:
         """Return how many KV blocks hold `n_tokens` tokens."""
         return -(-n_tokens // self.block_tokens)
 
-    def row_shape(self, layer: int, kv: int) -> tuple[int, int]:
-        """Return (H, D) of the K or V rows of a layer."""
+    def head_shape(self, layer: int, kv: int) -> tuple[int, int]:
+        """Return (H, D) of the K or V rows of a layer, however they are stored."""
         rows = self.layers[layer]
         return rows.n_kv_heads, rows.v_head_dim if kv else rows.k_head_dim
+
+    def row_shape(self, layer: int, kv: int) -> tuple[int, int]:
+        """Return the shape in which a K or V row is stored: (H, D), of packed ones (1, bytes)."""
+        if self.formats[kv].is_packed:
+            return 1, self.row_bytes(layer, kv)
+        return self.head_shape(layer, kv)
 
     def strides(self, layer: int, kv: int) -> tuple[int, ...]:
         """Return the strides of a layer's array: (T, H, D), in block order (B, b, H, D)."""
         rows, item_bytes = self.layers[layer], self.storage_dtypes[kv].itemsize
-        row_stride, head_dim = (
-            (rows.v_stride, rows.v_head_dim) if kv else (rows.k_stride, rows.k_head_dim)
-        )
-        in_layer = (row_stride, head_dim * item_bytes, item_bytes)
+        row_stride = rows.v_stride if kv else rows.k_stride
+        in_layer = (row_stride, self.row_shape(layer, kv)[1] * item_bytes, item_bytes)
         return (self.block_bytes, *in_layer) if self.order == "block" else in_layer
 
     def offset(self, layer: int, token: int, kv: int, head: int = 0) -> int:
@@ -369,7 +385,7 @@ class KVLayout:
         Raises
         ------
         ValueError
-            `kv` is neither 0 nor 1.
+            `kv` is neither 0 nor 1, or packed blocks reach over several heads.
         PageBoundaryError
             Layer, token or head lies outside the layout.
         """
@@ -383,13 +399,17 @@ class KVLayout:
             )
         if kv not in (0, 1):
             raise ValueError(f"kv={kv!r}: 0 (K) and 1 (V) are possible")
-        n_heads, head_dim = self.row_shape(layer, kv)
+        n_heads, head_dim = self.head_shape(layer, kv)
         if not 0 <= head < n_heads:
             raise PageBoundaryError(
                 f"layer {layer}, token {token}, head {head}: a row has {n_heads} KV heads"
             )
-        head_bytes = head_dim * self.storage_dtypes[kv].itemsize
-        return self.row_offset(layer, token, kv) + head * head_bytes
+        row_format = self.formats[kv]
+        if head and head_dim % row_format.block_values:
+            raise ValueError(
+                f"head {head}: heads of {head_dim} values share blocks of {row_format.block_values}"
+            )
+        return self.row_offset(layer, token, kv) + head * row_format.row_bytes(head_dim)
 
     def row_offset(self, layer: int, token: int, kv: int) -> int:
         """Return the offset of a row without checks; `boundary` is what checks an access."""
@@ -415,7 +435,7 @@ class KVLayout:
         return (MAX_BYTES - rounding_bytes) // self.token_stride_bytes
 
 
-def _dtype_name(name: str, dtype: DTypeLike) -> KVDtype:
+def _dtype_name(name: str, dtype: DTypeLike) -> KVType:
     """Return the name of a dtype given by name, NumPy type or NumPy dtype."""
     found = dtype if isinstance(dtype, str) else ""
     if not found:
@@ -423,12 +443,11 @@ def _dtype_name(name: str, dtype: DTypeLike) -> KVDtype:
             numpy_dtype = np.dtype(dtype)
             # ml_dtypes registers its bfloat16 with NumPy under that name
             found = numpy_dtype.name if numpy_dtype.isnative else ""
-    if found not in _STORAGE:
+    if found not in FORMATS:
         hint = "; for bfloat16 bits kept in uint16 say 'bfloat16'" if found == "uint16" else ""
-        raise ValueError(
-            f"{name}={dtype!r}: 'float16', 'float32' and 'bfloat16' are possible{hint}"
-        )
-    return cast("KVDtype", found)
+        possible = ", ".join(map(repr, FORMATS))
+        raise ValueError(f"{name}={dtype!r}: possible are {possible}{hint}")
+    return cast("KVType", found)
 
 
 def _count(name: str, value: SupportsIndex) -> int:

@@ -1,0 +1,12 @@
+"""The loops of `quant_loops` for processors with AVX2, FMA and F16C; see `quant`.
+
+Compiled with flags of its own (setup.py): only a processor that has these may import it.
+"""
+
+from cpython.pycapsule cimport PyCapsule_New
+
+from pagealloc.kv.quant_loops cimport fill, loops_t
+
+cdef loops_t _loops
+fill(&_loops)
+LOOPS = PyCapsule_New(&_loops, "pagealloc.kv.loops", NULL)

@@ -1,0 +1,1 @@
+LOOPS: object
