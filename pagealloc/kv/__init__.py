@@ -20,24 +20,43 @@ cache
 held, needed, shared, waste
     Physical bytes; bytes of the distinct rows; what sharing saves; held less needed (`KVStats`).
 
+cold, recent
+    Of a quantised sequence: the rows that are packed in 8 or 4 bits (`quant`), and the newest,
+    which lie as they came in a ring.
 position
     Where a token stands in its conversation; `Sequence.rm` and its siblings go by it.
 warm
     A window of a closed sequence, whose pages stay committed for the next one for a while.
 
-Rooms, bottom up: rope, model_shape (shapes from files), layer_rows, layout (where rows lie),
-row_table (the same in C), boundary (which pages an access touches), row_copy (the copy loops),
-row_arrays (arrays over rows), token_positions, sequence_rows (what every token passes), batch_rows
-(of many sequences), lineage (which tokens are whose), stats, views (arrays over KV blocks),
-row_pages (pages kept in step with lengths), warm_windows, pressure (what is given up at the
-limit), seq_ops (by position), sequence, sequences_by_id, batches, cache.
+Rooms, bottom up: rope, model_shape (shapes from files), row_formats (bytes of rows), layer_rows,
+layout (where rows lie), row_table (the same in C), boundary (which pages an access touches),
+row_copy (the copy loops), quant_loops and quant_plain, quant_avx2, quant_avx512 (the packing loops,
+compiled for each processor), quant (rows packed), row_codecs (how each layer's are), quantisation
+(what a cache's arguments mean), row_arrays (arrays over rows), conversions (as which types rows are
+read), token_positions, window_rows (rows of a window), cold_rows (packed ones), sequence_arrays
+(reading), sequence_rows (what every token passes), batch_rows (of many sequences), lineage (which
+tokens are whose), stats, error_stats, views and sequence_views (arrays as stored), row_moves (rows
+moved or mapped elsewhere), row_pages (pages kept in step with lengths), ring_pages,
+quantised_pages (those of both windows), warm_windows, pressure (what is given up at the limit),
+seq_ops (by position), sequence, sequences_by_id, batches, cache.
 """
 
+from pagealloc.kv import quant
 from pagealloc.kv.cache import KVCache
+from pagealloc.kv.error_stats import ErrorStats
 from pagealloc.kv.layout import KVLayout
 from pagealloc.kv.rope import Rope
 from pagealloc.kv.row_table import is_page_safe
 from pagealloc.kv.sequence import Sequence
 from pagealloc.kv.stats import KVStats
 
-__all__ = ["KVCache", "KVLayout", "KVStats", "Rope", "Sequence", "is_page_safe"]
+__all__ = [
+    "ErrorStats",
+    "KVCache",
+    "KVLayout",
+    "KVStats",
+    "Rope",
+    "Sequence",
+    "is_page_safe",
+    "quant",
+]

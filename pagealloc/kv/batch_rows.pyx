@@ -19,15 +19,20 @@ cimport numpy as np
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
 
-from pagealloc.kv.row_copy cimport read_rows, rows_t, write_token
+from pagealloc.kv.quant cimport codec_t, fill_plain, plain_t
+from pagealloc.kv.row_codecs cimport convert_rows, unpack_rows
+from pagealloc.kv.row_copy cimport rows_t, write_token
 from pagealloc.kv.row_table cimport RowTable, table_t
 from pagealloc.kv.sequence_rows cimport SequenceRows
+from pagealloc.kv.window_rows cimport slot_of
 
 np.import_array()
 
 ctypedef struct part_t:
     char *window
+    char *cold_window       # gather, of quantised sequences
     int64_t n_tokens        # write: where the token goes; gather: how many there are
+    int64_t n_cold          # gather: how many of them are in the cold window
     int64_t row             # gather: where its first row goes
 
 
@@ -45,6 +50,7 @@ cdef class BatchRows:
     """
 
     cdef RowTable table
+    cdef RowTable cold              # gather, of quantised sequences
     cdef list sequences
     cdef list pins
     cdef part_t *parts
@@ -92,6 +98,7 @@ cdef class BatchRows:
         cdef char *data = <char *>np.PyArray_DATA(kv)
         cdef int64_t sequence_stride = np.PyArray_STRIDE(kv, 0)
         cdef int64_t layer_stride = np.PyArray_STRIDE(kv, 1)
+        cdef int64_t ring_tokens = (<SequenceRows>self.sequences[0]).ring_tokens
         cdef int64_t i
         rows.n_tokens = 1
         rows.token_stride = np.PyArray_STRIDE(kv, 2)
@@ -101,7 +108,8 @@ cdef class BatchRows:
             for i in range(start, end):
                 rows.data = data + i * sequence_stride
                 write_token(
-                    table, self.parts[i].window, self.parts[i].n_tokens, &rows, layer_stride
+                    table, self.parts[i].window,
+                    slot_of(self.parts[i].n_tokens, ring_tokens), &rows, layer_stride,
                 )
 
     def finish_write(self, list firsts) -> None:
@@ -110,23 +118,62 @@ cdef class BatchRows:
         cdef int64_t i
         for i in range(len(self.sequences)):
             rows = self.sequences[i]
-            rows.tokens.add(self.parts[i].n_tokens + 1, firsts[i])
-            rows.n_even = self.parts[i].n_tokens + 1
+            rows.add_token(self.parts[i].n_tokens, firsts[i])
+
+    def gather_rings(
+        self, int64_t layer, int64_t kv, np.ndarray out not None, str wanted
+    ) -> None:
+        """Copy the rows that lie in rings, first of all: it takes the GIL, see `sequence_arrays`.
+
+        From then on the others are known, which `gather` copies.
+        """
+        cdef SequenceRows rows
+        cdef plain_t plain
+        cdef part_t *part
+        cdef int64_t i, row_bytes
+        fill_plain(&plain, wanted)
+        for i in range(len(self.sequences)):
+            rows, part = self.sequences[i], &self.parts[i]
+            if rows._cold is None:
+                continue
+            part.n_cold = min(rows.cold_length(layer), part.n_tokens)   # it may have grown
+            part.cold_window = rows._cold.base()
+            self.cold = rows._cold.table
+            row_bytes = rows.codecs.codecs[2 * layer + kv].n_values * plain.value_bytes
+            convert_rows(
+                &rows.codecs.codecs[2 * layer + kv], &self.table.table, part.window, 2 * layer + kv,
+                part.n_cold, part.n_tokens, rows.ring_tokens,
+                <char *>np.PyArray_DATA(out) + (part.row + part.n_cold) * row_bytes, &plain,
+            )
 
     def gather(
-        self, int64_t layer, int64_t kv, np.ndarray out not None, int64_t start, int64_t end
+        self, int64_t layer, int64_t kv, np.ndarray out not None, str wanted, int64_t start,
+        int64_t end,
     ) -> None:
         """Copy the rows of a layer of sequences [start, end) into `out` (sum of T, H, D)."""
-        cdef const table_t *table = &self.table.table
-        cdef int64_t row_bytes = table.kinds[2 * layer + kv].row_bytes
-        cdef char *target = <char *>np.PyArray_DATA(out)
+        cdef SequenceRows first = self.sequences[0]
+        cdef const codec_t *codec = &first.codecs.codecs[2 * layer + kv]
+        cdef const table_t *cold = NULL if self.cold is None else &self.cold.table
+        cdef char *data = <char *>np.PyArray_DATA(out)
+        cdef char *target
+        cdef plain_t plain
+        cdef part_t *part
         cdef int64_t i
+        fill_plain(&plain, wanted)
         with nogil:
             for i in range(start, end):
-                read_rows(
-                    table, self.parts[i].window, layer, kv, 0, self.parts[i].n_tokens,
-                    target + self.parts[i].row * row_bytes,
-                )
+                part = &self.parts[i]
+                target = data + part.row * codec.n_values * plain.value_bytes
+                if cold == NULL:
+                    convert_rows(
+                        codec, &self.table.table, part.window, 2 * layer + kv, 0, part.n_tokens, 0,
+                        target, &plain,
+                    )
+                else:
+                    unpack_rows(
+                        codec, cold, part.cold_window, 2 * layer + kv, 0, part.n_cold, target,
+                        &plain,
+                    )
 
     def __reduce__(self):
         raise TypeError("a BatchRows cannot be pickled or copied")

@@ -21,6 +21,8 @@ import numpy as np
 
 from pagealloc.kv import boundary
 from pagealloc.kv.batch_rows import BatchRows
+from pagealloc.kv.conversions import check_out, wanted_type
+from pagealloc.kv.row_formats import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -94,16 +96,19 @@ def gather(
     boundary.check_layer(layout, layer)
     batch = _checked(cache, sequences)
     rows = BatchRows(cache._table, batch, layer)
-    shape = (rows.n_rows, *layout.row_shape(layer, kind))  # (sum of T, H, D)
-    dtype = layout.storage_dtypes[kind]
+    shape = (rows.n_rows, *layout.head_shape(layer, kind))  # (sum of T, H, D)
+    is_packed = cache._quantisation is not None
+    wanted = wanted_type(layout.formats[kind].name, None, out, is_packed=is_packed)
     if out is None:
-        out = np.empty(shape, dtype)
-    elif out.shape != shape or out.dtype != dtype or not out.flags.carray:
-        raise ValueError(
-            f"out must be a contiguous, writable array of {dtype} and shape {shape}, not "
-            f"{out.dtype} and {out.shape}"
+        out = np.empty(shape, FORMATS[wanted].dtype)
+    check_out(out, shape)
+    if batch:
+        rows.gather_rings(layer, kind, out, wanted)
+        _share_out(
+            len(batch),
+            out.nbytes,
+            lambda start, end: rows.gather(layer, kind, out, wanted, start, end),
         )
-    _share_out(len(batch), out.nbytes, lambda start, end: rows.gather(layer, kind, out, start, end))
     return out
 
 

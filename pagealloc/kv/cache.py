@@ -7,7 +7,7 @@ Structure
 
         KVCache ---- ExtentStore (one memfd, the budget)
            |  weakly       |
-           +-- Sequence -- Window   one each; forks share pages of the store
+           +-- Sequence -- Window   one each, two if quantised; forks share pages of the store
 Invariants
     n_sequences counts open sequences; a sequence nobody refers to gives its pages back by itself.
     needed_bytes <= file_bytes, for every distinct row lies in the file at least once.
@@ -27,11 +27,15 @@ from pagealloc.errors import (
     ClosedError,
     ForkedError,
     InvariantError,
+    PageallocError,
 )
 from pagealloc.kv.batches import append_batch, gather
+from pagealloc.kv.cold_rows import ColdRows
 from pagealloc.kv.layout import KVLayout
 from pagealloc.kv.lineage import count_distinct_tokens
 from pagealloc.kv.pressure import Pressure
+from pagealloc.kv.quantisation import quantisation_of
+from pagealloc.kv.row_codecs import RowCodecs
 from pagealloc.kv.row_table import RowTable
 from pagealloc.kv.sequences_by_id import SequencesById
 from pagealloc.kv.stats import KVStats, page_table_bytes
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from pagealloc.kv.row_formats import KVType
     from pagealloc.kv.sequence import Sequence
 
 __all__ = ["KVCache"]
@@ -62,6 +67,18 @@ class KVCache(SequencesById):
     ----------
     layout : KVLayout
         Shape, type and order of the rows; the same for all its sequences.
+    quantize : {"recommended"}, optional
+        ``k_type="q8_0", v_type="q4_0", rotate="v"``: 59 % fewer bytes than float16, and the same
+        text but for what other roundings change as well.
+    k_type, v_type : {"q8_0", "q4_0", "int4"}, optional
+        As what K and V rows are stored, see `pagealloc.kv.quant`; as they come by default.  4 bits
+        are too few for K: "q4_0" costs 3 % of perplexity if it is rotated and 12 % if not, "int4"
+        (plain symmetric) 3 and 16 % (docs/quant.md).
+    rotate : {"", "k", "v", "kv"}, optional
+        Which of them are multiplied by a Hadamard matrix before; by default what has 4 bits.
+    residual_tokens : int, optional
+        How many of a sequence's newest tokens are not quantised, 128 by default; there are up to
+        ``layout.block_tokens`` more of them, for so many are quantised at a time.
     budget_bytes : int or str, optional
         Most bytes of pages it may hold, such as ``"4GiB"``; no limit but the machine's by default.
     salt : str or bytes, optional
@@ -101,10 +118,13 @@ class KVCache(SequencesById):
 
     __slots__ = (
         "__weakref__",
+        "_codecs",
+        "_cold_table",
         "_layout",
         "_page_table_bytes_before",
         "_pid",
         "_pressure",
+        "_quantisation",
         "_salt",
         "_store",
         "_table",
@@ -115,6 +135,11 @@ class KVCache(SequencesById):
         self,
         layout: KVLayout,
         *,
+        quantize: Literal["recommended"] | None = None,
+        k_type: KVType | None = None,
+        v_type: KVType | None = None,
+        rotate: Literal["", "k", "v", "kv"] | None = None,
+        residual_tokens: int | None = None,
         budget_bytes: int | str | None = None,
         salt: str | bytes | None = None,
         backing: Backing = "auto",
@@ -134,7 +159,13 @@ class KVCache(SequencesById):
         self._layout = layout
         self._salt = salt
         self._page_table_bytes_before = page_table_bytes()
-        self._table = RowTable(layout)
+        self._quantisation = quantisation_of(
+            layout, quantize, (k_type, v_type), rotate, residual_tokens
+        )
+        self._table = RowTable(self._recent_layout)
+        self._cold_table = None if self._quantisation is None else RowTable(self.cold_layout)
+        rotated = "" if self._quantisation is None else self._quantisation.rotate
+        self._codecs = RowCodecs(layout, self.cold_layout, rotated)
         self._pid = os.getpid()
         self._store = _new_store(layout, budget_bytes, backing)
         if layout.page_bytes % self._store.page_bytes:
@@ -148,8 +179,22 @@ class KVCache(SequencesById):
 
     @property
     def layout(self) -> KVLayout:
-        """Shape, type and order of the rows."""
+        """Shape, type and order of the rows, as they come."""
         return self._layout
+
+    @property
+    def cold_layout(self) -> KVLayout:
+        """Where quantised rows lie, and as what; `layout` if the cache does not quantise."""
+        return self._layout if self._quantisation is None else self._quantisation.cold_layout
+
+    @property
+    def _recent_layout(self) -> KVLayout:
+        """Where rows lie that are stored as they come."""
+        return self._layout if self._quantisation is None else self._quantisation.ring_layout
+
+    @property
+    def _ring_tokens(self) -> int:
+        return 0 if self._quantisation is None else self._quantisation.ring_layout.max_tokens
 
     @property
     def salt(self) -> str | bytes | None:
@@ -237,12 +282,12 @@ class KVCache(SequencesById):
         layout, sequences = self._layout, self.sequences
         store = self._store.stats()
         tables_bytes = max(0, page_table_bytes() - self._page_table_bytes_before)
-        runs = [run for seq in sequences for run in seq._lineage.all_runs(len(seq))]
-        needed_bytes = count_distinct_tokens(runs) * layout.token_bytes
+        cold = [run for seq in sequences for run in seq._lineage.first_runs(len(seq), seq.n_cold)]
+        recent = [run for seq in sequences for run in seq._lineage.last_runs(len(seq), seq.n_cold)]
+        needed_bytes = count_distinct_tokens(recent) * layout.token_bytes
+        needed_bytes += count_distinct_tokens(cold) * self.cold_layout.token_bytes
         for sequence in sequences:  # rows of a token that not all layers hold yet
-            n_tokens = len(sequence)
-            for length, rows in zip(sequence.layer_lengths, layout.layers, strict=True):
-                needed_bytes += (length - n_tokens) * rows.token_bytes
+            needed_bytes += sequence._uneven_bytes()
         return KVStats(
             file_bytes=store.held_bytes,
             page_table_bytes=tables_bytes,
@@ -269,7 +314,9 @@ class KVCache(SequencesById):
             The kernel does not say (it takes Linux 6.7).
         """
         self._check_open()
-        return sum(sequence._window.huge_bytes() for sequence in self.sequences)
+        return sum(
+            window.huge_bytes() for sequence in self.sequences for window in sequence._pages.windows
+        )
 
     def check(self) -> None:
         """Raise InvariantError if what the modules say must hold does not.
@@ -299,9 +346,10 @@ class KVCache(SequencesById):
         if self.closed:
             return
         sequences = self.sequences
-        n_views = sum(sequence._window.n_views for sequence in sequences)
+        windows = [window for sequence in sequences for window in sequence._pages.windows]
+        n_views = sum(window.n_views for window in windows)
         self._warm.close_all()
-        if n_views or self._store.n_windows > len(sequences):
+        if n_views or self._store.n_windows > len(windows):
             raise BufferError(
                 "cannot close the cache: arrays that k() and v() returned are still alive"
             )
@@ -310,22 +358,42 @@ class KVCache(SequencesById):
             sequence.close()
         self._store.close()
 
-    def _new_window(self, *, for_fork: bool = False) -> Window:
+    def _new_cold_rows(self, *, for_fork: bool) -> ColdRows | None:
+        """Return the cold rows of a new sequence; None if the cache does not quantise."""
+        how = self._quantisation
+        if how is None or self._cold_table is None:
+            return None
+        window = self._new_window(how.cold_layout, for_fork=for_fork)
+        return ColdRows(
+            self._cold_table, window, self._codecs, how.residual_tokens, how.step_tokens
+        )
+
+    def _new_window(self, layout: KVLayout | None = None, *, for_fork: bool = False) -> Window:
+        """Return a window, by default for rows that are stored as they come."""
         self._check_open()
         if os.getpid() != self._pid:
             raise ForkedError(
                 "this process inherited the cache through os.fork() and may only read it: "
                 "build a new KVCache here"
             )
-        warm = self._warm.take(for_fork=for_fork)
-        return warm or Window(self._store, self._layout.window_bytes)
+        use = 0 if layout is None else 1
+        nbytes = (layout or self._recent_layout).window_bytes
+        return self._warm.take(use, for_fork=for_fork) or Window(self._store, nbytes)
 
-    def _retire(self, window: Window, *, is_idle: bool) -> bool:
-        """Keep the window of a sequence that is closed; False if it has to be closed, too.
+    def _retire(self, window: Window, use: int, *, is_idle: bool) -> None:
+        """Keep the window of a sequence that is closed, or close it, too.
 
-        `is_idle`: no thread is about to commit pages in it.
+        `use`: 0 of rows as they come, 1 of others, for which a refusal comes too late to go back:
+        it is closed later then.  `is_idle`: no thread is about to commit pages in it.
         """
-        return is_idle and os.getpid() == self._pid and self._warm.put(window)
+        if is_idle and os.getpid() == self._pid and self._warm.put(window, use):
+            return
+        try:
+            window.close()
+        except (PageallocError, OSError):
+            if not use:
+                raise
+            self._warm.put_refused(window)
 
     def trim(self) -> int:
         """Give back what no sequence uses: warm windows; return the bytes that went.
@@ -350,9 +418,13 @@ class KVCache(SequencesById):
             return "<KVCache closed>"
         budget = self._store.budget_bytes
         of_budget = "" if budget is None else f" of {format_bytes(budget)}"
+        stored, how = "", self.cold_layout
+        if self._quantisation is not None:
+            stored = f", stored as {how.k_dtype} and {how.v_dtype}"
         return (
             f"<KVCache of {len(self.sequences)} sequences, "
-            f"{format_bytes(self._store.committed_bytes)}{of_budget} committed; {self._layout!r}>"
+            f"{format_bytes(self._store.committed_bytes)}{of_budget} committed; {self._layout!r}"
+            f"{stored}>"
         )
 
     def __enter__(self) -> Self:

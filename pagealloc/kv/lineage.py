@@ -64,6 +64,14 @@ class Lineage:
         n_tail = n_tokens - self.n_settled
         return [*self.runs, Cells(self.origin, self.next_cell, n_tail)] if n_tail else self.runs
 
+    def first_runs(self, n_tokens: int, end: int) -> list[Cells]:
+        """Return the runs of tokens [0, end) of a sequence of `n_tokens`."""
+        return _part(self.all_runs(n_tokens), 0, end)
+
+    def last_runs(self, n_tokens: int, start: int) -> list[Cells]:
+        """Return the runs of its tokens from `start` on."""
+        return _part(self.all_runs(n_tokens), start, n_tokens)
+
     def settle(self, n_tokens: int) -> None:
         """Give the tail its cells: somebody else is about to have them, too."""
         self.runs = list(self.all_runs(n_tokens))
@@ -72,13 +80,7 @@ class Lineage:
 
     def part(self, start: int, end: int) -> list[Cells]:
         """Return the cells of tokens [start, end), which are settled."""
-        found, position = [], 0
-        for run in self.runs:
-            first, last = max(start - position, 0), min(end - position, run.n_tokens)
-            if first < last:
-                found.append(run.cut(first, last))
-            position += run.n_tokens
-        return found
+        return _part(self.runs, start, end)
 
     def keep(self, n_tokens: int, ranges: Iterable[tuple[int, int]]) -> None:
         """Drop all of its `n_tokens` tokens but those in ascending ranges [start, end)."""
@@ -101,6 +103,17 @@ class Lineage:
             self.next_cell += end - start
             position = end
         self.runs = runs + self.part(position, n_tokens)
+
+
+def _part(runs: Iterable[Cells], start: int, end: int) -> list[Cells]:
+    """Return what of these runs are tokens [start, end)."""
+    found, position = [], 0
+    for run in runs:
+        first, last = max(start - position, 0), min(end - position, run.n_tokens)
+        if first < last:
+            found.append(run.cut(first, last))
+        position += run.n_tokens
+    return found
 
 
 def count_distinct_tokens(runs: Iterable[Cells]) -> int:

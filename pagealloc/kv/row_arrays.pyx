@@ -1,4 +1,4 @@
-"""Arrays (T, H, D) of a layer's rows: over a window, empty, or a copy.  All are read-only.
+"""Arrays (T, H, D) of a layer's rows: over a window, empty, or for a copy.  All are read-only.
 
 Purpose
     What `SequenceRows.k` and `v` return, in a quarter of a microsecond.
@@ -6,7 +6,7 @@ Invariants
     an array over a window keeps its view alive, which keeps the window open
     a copy lies in a Buffer of the default allocator, whose caches keep the memory for the next one
 Locking
-    The GIL; a copy lets it go, while the caller's view keeps the rows where they are.
+    The GIL.
 Units
     Tokens; bytes where named.
 """
@@ -16,7 +16,6 @@ from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t, uintptr_t
 
 from pagealloc cimport WindowView
-from pagealloc.kv.row_copy cimport read_rows
 from pagealloc.kv.row_table cimport RowTable, kind_t
 
 from pagealloc import default_allocator
@@ -61,21 +60,16 @@ cdef object empty_rows(RowTable table, int64_t layer, int64_t kv):
     return array
 
 
-cdef object copied_rows(
-    RowTable table, const char *window, int64_t layer, int64_t kv, int64_t first, int64_t last
+cdef object new_rows(
+    int64_t n_tokens, int64_t n_heads, int64_t head_dim, int64_t row_bytes, int type_number
 ):
-    """A copy of tokens [first, last), contiguous."""
-    cdef const kind_t *kind = &table.table.kinds[2 * layer + kv]
-    cdef char *target
+    """An array for rows to be written to; who gets it shall only read."""
     cdef np.npy_intp[3] shape
     cdef np.ndarray array
-    buffer = default_allocator().alloc((last - first) * kind.row_bytes)
-    target = <char *><uintptr_t>buffer.address
-    with nogil:
-        read_rows(&table.table, window, layer, kv, first, last, target)
-    shape[0], shape[1], shape[2] = last - first, kind.n_heads, kind.head_dim
+    buffer = default_allocator().alloc(max(1, n_tokens * row_bytes))
+    shape[0], shape[1], shape[2] = n_tokens, n_heads, head_dim
     array = new_array(
-        &PyArray_Type, 3, shape, table.type_numbers[kv], NULL, target, 0,
+        &PyArray_Type, 3, shape, type_number, NULL, <void *><uintptr_t>buffer.address, 0,
         np.NPY_ARRAY_CARRAY_RO, NULL,
     )
     np.set_array_base(array, buffer)

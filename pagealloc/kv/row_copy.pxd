@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t
 
-from pagealloc.kv.row_table cimport RowTable, table_t
+from pagealloc.kv.row_table cimport RowTable, kind_t, table_t
 
 ctypedef struct rows_t:     # rows (T, H, D) of a NumPy array
     char *data
@@ -11,6 +11,16 @@ ctypedef struct rows_t:     # rows (T, H, D) of a NumPy array
     int64_t head_stride
     int64_t item_stride
 
+
+cdef inline bint is_contiguous(const kind_t *kind, const rows_t *rows) noexcept nogil:
+    """True if a row is `row_bytes` in one piece; an axis of length 1 may have any stride."""
+    return (rows.item_stride == kind.item_bytes or kind.head_dim == 1) and (
+        rows.head_stride == kind.head_dim * kind.item_bytes or kind.n_heads == 1
+    )
+
+cdef void copy_scattered_row(
+    char *target, const char *source, const kind_t *kind, const rows_t *rows
+) noexcept nogil
 cdef object as_array(object rows)
 cdef int rows_of(
     RowTable table, object array, str name, int64_t layer, int64_t kv, rows_t *rows

@@ -139,13 +139,6 @@ cdef int token_of(RowTable table, object array, rows_t *rows, int64_t *layer_str
 # ---------------------------------------------------------------------------------------------
 # Copying
 
-cdef inline bint is_contiguous(const kind_t *kind, const rows_t *rows) noexcept nogil:
-    """True if a row is `row_bytes` in one piece; an axis of length 1 may have any stride."""
-    return (rows.item_stride == kind.item_bytes or kind.head_dim == 1) and (
-        rows.head_stride == kind.head_dim * kind.item_bytes or kind.n_heads == 1
-    )
-
-
 cdef void copy_scattered_row(
     char *target, const char *source, const kind_t *kind, const rows_t *rows
 ) noexcept nogil:

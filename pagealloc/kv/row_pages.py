@@ -24,7 +24,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pagealloc.errors import InvariantError, OutOfMemoryError
-from pagealloc.kv import boundary
+from pagealloc.kv import boundary, row_moves
 from pagealloc.kv.boundary import Span
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
     from pagealloc import Window
     from pagealloc.kv.layout import KVLayout
-    from pagealloc.kv.sequence_rows import SequenceRows
+    from pagealloc.kv.row_moves import GiveWay, Range
+    from pagealloc.kv.sequence import Sequence as Rows
+    from pagealloc.kv.window_rows import WindowRows
 
 __all__ = ["RowPages"]
 
@@ -60,12 +62,17 @@ class RowPages:
         # Of a warm window the pages are there already.
         self.spare = [Span(run.offset, run.offset + run.nbytes) for run in window.runs()]
 
-    def make_ready(self, rows: SequenceRows, layers: Sequence[int], end: int) -> None:
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The windows of the sequence."""
+        return (self.window,)
+
+    def make_ready(self, rows: WindowRows, layers: Sequence[int], end: int) -> None:
         """Commit and make private the pages of new rows up to `end` of some layers, or of none.
 
         Parameters
         ----------
-        rows : SequenceRows
+        rows : WindowRows
             The sequence's rows, whose `ready` is set.
         layers : sequence of int
             Which layers; several only if they are equally long.
@@ -121,12 +128,16 @@ class RowPages:
                 f"sequence is as it was"
             ) from error
 
-    def cut(self, rows: SequenceRows, n_tokens: int) -> None:
-        """Release the pages that hold no row before token `n_tokens`."""
-        kept = [n_tokens] * self.layout.n_layers
+    @property
+    def remap_tokens(self) -> int:
+        """In steps of how many tokens pages are mapped elsewhere, see `KVLayout.remap_tokens`."""
+        return self.layout.remap_tokens
+
+    def cut(self, rows: WindowRows, lengths: Sequence[int]) -> None:
+        """Release the pages that hold none of the first tokens of each layer."""
         pages = boundary.pages_of(self.layout, rows._ready)
-        rows._ready = kept
-        self.release(boundary.subtract(pages, boundary.pages_of(self.layout, kept)))
+        rows._ready = list(lengths)
+        self.release(boundary.subtract(pages, boundary.pages_of(self.layout, lengths)))
 
     def release(self, spans: list[Span]) -> None:
         """Release pages that no row needs; what the kernel refuses to let go becomes surplus.
@@ -147,15 +158,14 @@ class RowPages:
         self.surplus = sorted(left)
 
     def share(
-        self, rows: SequenceRows, other: RowPages, other_rows: SequenceRows, n_tokens: int
+        self, rows: WindowRows, other: RowPages, other_rows: WindowRows, lengths: list[int]
     ) -> None:
-        """Map the pages of the first tokens of another sequence, where nothing is committed."""
-        self.cut(rows, 0)  # pages made ready for rows that never came
+        """Map the pages of the first tokens of another's layers, where nothing is committed."""
+        self.cut(rows, [0] * self.layout.n_layers)  # pages made ready for rows that never came
         rows_pages = boundary.pages_of(self.layout, other_rows.layer_lengths)
         beyond = boundary.subtract(boundary.pages_of(self.layout, other_rows._ready), rows_pages)
         other.spare = boundary.page_spans(self.layout, [*other.spare, *beyond])
         other_rows._ready = list(other_rows.layer_lengths)
-        lengths = [n_tokens] * self.layout.n_layers
         rows._ready = lengths
         self.has_shared = other.has_shared = True
         wanted = boundary.pages_of(self.layout, lengths)
@@ -165,7 +175,39 @@ class RowPages:
         for span in wanted:
             self.window.share_from(other.window, span.start, span.nbytes)
 
-    def check(self, rows: SequenceRows) -> None:
+    def settle(self, rows: WindowRows, give_way: GiveWay) -> None:
+        """Nothing is to be done before rows are moved."""
+
+    def compact(self, rows: WindowRows, ranges: Sequence[Range], give_way: GiveWay) -> None:
+        """See `row_moves.compact`."""
+        row_moves.compact(rows, self, ranges, give_way)
+
+    def make_private(self, rows: WindowRows, ranges: Sequence[Range], give_way: GiveWay) -> None:  # noqa: ARG002
+        """See `row_moves.make_private`."""
+        row_moves.make_private(self, ranges, give_way)
+
+    def append_from(
+        self,
+        rows: Rows,
+        other: Rows,
+        ranges: Sequence[Range],
+        give_way: GiveWay,  # noqa: ARG002
+    ) -> None:
+        """Copy tokens of another sequence behind those of this one; lengths are the caller's.
+
+        Raises
+        ------
+        OutOfMemoryError
+            There is no memory for them; nothing has changed.
+        """
+        at, layers = len(rows), range(self.layout.n_layers)
+        end = at + sum(end - start for start, end in ranges)
+        rows._make_ready(list(layers), end)
+        for start, stop in ranges:
+            rows._restore_rows(at, other._copies_of_rows(start, stop))
+            at += stop - start
+
+    def check(self, rows: WindowRows) -> None:
         """Raise InvariantError if what the module says must hold does not."""
         layout, window = self.layout, self.window
         window.check()

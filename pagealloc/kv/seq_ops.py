@@ -4,14 +4,8 @@ Purpose
     rm, cp, add, div and the sliding window: which tokens they mean, and how storage, positions,
     pages and lineage follow, or none of them.
 Structure
-    A range of positions selects tokens, which may lie anywhere in storage.  Removing keeps the
-    others as *runs* of tokens, each of which moves towards the start::
-
-        kept       [0, 4)            [20, 90)                 rm of 16 tokens
-        target     [0, 4)  [4, 74)
-
-    One run that moves by whole pages of every layer is mapped there (`remap_rows`), but for the
-    rows before the first whole page; otherwise rows are moved (`move_rows`).
+    A range of positions selects tokens, which may lie anywhere in storage; `row_moves` closes the
+    gaps that removing them leaves.
 Invariants
     while rows are on the move the sequence shows none of them, so no reader meets half of it
     whatever fails leaves the sequence as it was
@@ -29,13 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pagealloc.errors import OutOfMemoryError
 from pagealloc.kv import boundary
-from pagealloc.kv.pressure import with_room
+from pagealloc.kv.conversions import as_stored
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence as List
-
     import numpy.typing as npt
 
     from pagealloc.kv.rope import Rope
@@ -87,7 +78,7 @@ def slide(seq: Sequence, window_tokens: int, sink_tokens: int) -> int:
             f"window_tokens={window_tokens}, sink_tokens={sink_tokens}: neither may be negative"
         )
     n_over = seq._equal_length("slide") - sink_tokens - window_tokens
-    n_dropped = n_over - n_over % seq.cache.layout.remap_tokens
+    n_dropped = n_over - n_over % seq._pages.remap_tokens
     if n_dropped <= 0:
         return 0
     kept = np.ones(len(seq), np.bool_)
@@ -103,64 +94,18 @@ def _keep(seq: Sequence, kept: npt.NDArray[np.bool_]) -> None:
     n_before, ranges = len(seq), _ranges(kept)
     first_dropped = int(kept.argmin())
     positions = seq.positions
+    seq._pages.settle(seq, seq._give_way)
     seq._hide_rows(first_dropped)
     try:
-        _compact(seq, ranges)
+        seq._pages.compact(seq, ranges, seq._give_way)
     except BaseException:
         seq._set_lengths([n_before] * seq.cache.layout.n_layers)
         raise
-    n_kept = int(kept.sum())
+    lengths = [int(kept.sum())] * seq.cache.layout.n_layers
     seq._lineage.keep(n_before, ranges)
     seq._set_positions(positions[kept])
-    seq._set_lengths([n_kept] * seq.cache.layout.n_layers)
-    seq._pages.cut(seq, n_kept)
-
-
-def _compact(seq: Sequence, ranges: List[Range]) -> None:
-    """Move the rows of ascending ranges together, all or nothing."""
-    moves, target = [], 0
-    for start, end in ranges:
-        if start != target:
-            moves.append((start, end, target))
-        target += end - start
-    if not moves:
-        return
-    if len(moves) == 1 and _remap(seq, *moves[0]):
-        return
-    _make_private(seq, [(moves[0][2], target)])
-    for start, end, to in moves:  # nothing fails from here on
-        seq._move_rows(start, end, to)
-
-
-def _remap(seq: Sequence, start: int, end: int, target: int) -> bool:
-    """Bring tokens [start, end) to `target` by mapping their pages there; False if that can't be.
-
-    The rows before the first whole page are copied: fewer than `remap_tokens` tokens, to where
-    rows were dropped, and put back if the kernel refuses.
-    """
-    layout = seq.cache.layout
-    unit = layout.remap_tokens
-    n_head = -target % unit
-    if (start - target) % unit or n_head >= end - start or not layout.can_remap:
-        return False
-    moves = []
-    for layer in [0] if layout.order == "block" else range(layout.n_layers):
-        for source, to in boundary.pages_to_shift(
-            layout, layer, (start + n_head, end), target + n_head
-        ):
-            moves.append((source.start, to, source.nbytes))
-    saved = []
-    if n_head:
-        _make_private(seq, [(target, target + n_head)])
-        saved = seq._copies_of_rows(target, target + n_head)
-        seq._move_rows(start, start + n_head, target)
-    try:
-        seq._window.move_pages(moves)
-    except (OutOfMemoryError, OSError):
-        if n_head:
-            seq._restore_rows(target, saved)
-        return False
-    return True
+    seq._set_lengths(lengths)
+    seq._pages.cut(seq, lengths)
 
 
 # --- copying ----------------------------------------------------------------------------------
@@ -186,6 +131,8 @@ def copy(seq: Sequence, target: Sequence, p0: int, p1: int) -> None:
         return
     seq._lineage.settle(n_tokens)
     target._lineage.settle(n_there)
+    for each in (seq, target):
+        each._pages.settle(each, each._give_way)
     chosen &= ~_known(seq, target)
     _append_chosen(seq, target, chosen)
 
@@ -221,11 +168,8 @@ def _append_chosen(seq: Sequence, target: Sequence, chosen: npt.NDArray[np.bool_
     if not n_new:
         return
     layout = seq.cache.layout
-    target._make_ready(list(range(layout.n_layers)), n_there + n_new)
-    at = n_there
-    for start, end in _ranges(chosen):
-        target._restore_rows(at, seq._copies_of_rows(start, end))
-        at += end - start
+    boundary.check_room(layout, 0, n_there, n_there + n_new)
+    target._pages.append_from(target, seq, _ranges(chosen), target._give_way)
     parts = [run for start, end in _ranges(chosen) for run in seq._lineage.part(start, end)]
     target._lineage.runs += parts
     target._lineage.n_settled += n_new
@@ -236,21 +180,21 @@ def _append_chosen(seq: Sequence, target: Sequence, chosen: npt.NDArray[np.bool_
 # --- moving positions -------------------------------------------------------------------------
 
 
-def add(seq: Sequence, p0: int, p1: int, delta: int) -> None:
+def add(seq: Sequence, p0: int, p1: int, delta: int, *, lossy: bool) -> None:
     """See `Sequence.add`."""
     delta = operator.index(delta)
-    _shift(seq, p0, p1, lambda positions: positions + delta, "add")
+    _shift(seq, p0, p1, lambda positions: positions + delta, name="add", lossy=lossy)
 
 
-def divide(seq: Sequence, p0: int, p1: int, d: int) -> None:
+def divide(seq: Sequence, p0: int, p1: int, d: int, *, lossy: bool) -> None:
     """See `Sequence.div`."""
     d = operator.index(d)
     if d < 1:
         raise ValueError(f"d={d}: at least 1 is possible")
-    _shift(seq, p0, p1, lambda positions: positions // d, "div")
+    _shift(seq, p0, p1, lambda positions: positions // d, name="div", lossy=lossy)
 
 
-def _shift(seq: Sequence, p0: int, p1: int, change: Any, name: str) -> None:
+def _shift(seq: Sequence, p0: int, p1: int, change: Any, *, name: str, lossy: bool) -> None:
     """Give the tokens at positions [p0, p1) others, and rotate K by as much."""
     seq._check_writable()
     seq._equal_length("change positions")
@@ -268,27 +212,16 @@ def _shift(seq: Sequence, p0: int, p1: int, change: Any, name: str) -> None:
         raise ValueError(f"position {after.max()} is too large: at most {MAX_POSITION}")
     stays = after >= 0
     changes = stays & (after != before)
-    _make_private(seq, _ranges(changes))
+    if not lossy and seq._has_packed_k(_ranges(changes)):
+        raise ValueError(
+            f"{name}() would unpack quantised K rows, rotate them and quantise them again, which "
+            "rounds them once more: say lossy=True to accept that"
+        )
+    seq._pages.settle(seq, seq._give_way)
+    seq._pages.make_private(seq, _ranges(changes), seq._give_way)
     _keep(seq, stays)
     _rotate(seq, rope, (after - before)[stays])
     seq._set_positions(after[stays].astype(np.int32))
-
-
-def _make_private(seq: Sequence, ranges: List[Range]) -> None:
-    """Copy the shared pages of these tokens; their rows stay the same."""
-    layout = seq.cache.layout
-    spans = [
-        span
-        for layer in ([0] if layout.order == "block" else range(layout.n_layers))
-        for start, end in ranges
-        for span in boundary.pages_of_rows(layout, layer, start, end)
-    ]
-
-    def request() -> None:
-        for span in spans:
-            seq._window.make_private(span.start, span.nbytes)
-
-    with_room(seq.cache, [seq], request)
 
 
 def _rotate(seq: Sequence, rope: Rope, deltas: npt.NDArray[np.int64]) -> None:
@@ -297,31 +230,16 @@ def _rotate(seq: Sequence, rope: Rope, deltas: npt.NDArray[np.int64]) -> None:
     if not ranges:
         return
     layout, n_tokens = seq.cache.layout, len(seq)
-    dtype = str(layout.k_dtype)
     seq._hide_rows(ranges[0][0])
     try:
-        _make_private(seq, ranges)
+        seq._pages.make_private(seq, ranges, seq._give_way)
         rotated = []
         for layer in range(layout.n_layers):
             for start, end in ranges:
-                rows = _as_float32(seq._copy_of_rows(layer, 0, start, end), dtype)  # (T, H, D)
-                rows = rope.rotate(rows, deltas[start:end])
-                rotated.append((layer, start, _as_stored(rows, dtype)))
+                rows = rope.rotate(seq._k_values(layer, start, end), deltas[start:end])
+                rotated.append((layer, start, as_stored(rows, str(layout.k_dtype))))
         for layer, start, stored in rotated:
-            seq._restore(layer, 0, start, stored)
+            seq._put_k(layer, start, stored)
         seq._lineage.renew(n_tokens, ranges)
     finally:
         seq._set_lengths([n_tokens] * layout.n_layers)
-
-
-def _as_float32(rows: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
-    if dtype == "bfloat16":
-        return (rows.astype(np.uint32) << 16).view(np.float32)
-    return rows.astype(np.float32)
-
-
-def _as_stored(rows: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
-    if dtype == "bfloat16":  # to nearest, ties to even
-        bits = np.ascontiguousarray(rows).view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return rows.astype(dtype)

@@ -5,6 +5,7 @@ Purpose
     touched and no sequence ever sees another one's rows.
 Structure
     Sequence            whole conversations: here
+      SequenceViews     arrays of whole KV blocks and packed rows
       SequenceRows      what every token passes: appending, arrays (Cython)
       RowPages          the pages behind the rows
       Lineage           which tokens are whose
@@ -19,20 +20,19 @@ from __future__ import annotations
 
 import itertools
 import operator
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from pagealloc.errors import PageBoundaryError
-from pagealloc.kv import seq_ops, views
+from pagealloc.kv import seq_ops
 from pagealloc.kv.lineage import Lineage
 from pagealloc.kv.pressure import with_room
+from pagealloc.kv.quantised_pages import QuantisedPages
 from pagealloc.kv.row_pages import RowPages
-from pagealloc.kv.sequence_rows import SequenceRows
+from pagealloc.kv.sequence_views import SequenceViews
 from pagealloc.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    import numpy.typing as npt
+    from collections.abc import Callable, Collection
 
     from pagealloc.kv.cache import KVCache
 
@@ -43,13 +43,14 @@ __all__ = ["Sequence"]
 _uses = itertools.count()
 
 
-class Sequence(SequenceRows):
+class Sequence(SequenceViews):
     """The K and V rows of one conversation.
 
     Made by `KVCache.sequence` or `fork`.  One thread at a time may change it (append, truncate,
     rm, fork, close, ...); any number may read.  After ``os.fork()`` the child process can read and
     close it but not change it, and read only what the parent keeps: rows that it truncates or
-    closes meanwhile read as zeros, or as what came in their place.
+    closes meanwhile read as zeros, or as what came in their place; and so do the newest rows of a
+    quantised sequence, which are not packed yet, once the parent appends.
 
     Parameters
     ----------
@@ -78,10 +79,8 @@ class Sequence(SequenceRows):
 
     __slots__ = (
         "__weakref__",
-        "_cache",
         "_is_growing",
         "_last_use",
-        "_layout",
         "_lineage",
         "_pages",
         "_seq_id",
@@ -105,7 +104,11 @@ class Sequence(SequenceRows):
         self._is_growing = False
         self._touch()
         self._layout = cache.layout
-        self._pages = RowPages(self._window, cache.layout)
+        self._pages: RowPages | QuantisedPages = (
+            RowPages(self._window, cache.layout)
+            if cache._quantisation is None
+            else QuantisedPages(self, cache._quantisation)
+        )
         self._lineage = Lineage()
         cache._register(self)
 
@@ -124,7 +127,14 @@ class Sequence(SequenceRows):
     @property
     def committed_bytes(self) -> int:
         """Bytes of the pages behind its rows, shared ones included."""
-        return 0 if self.closed else self._window.committed_bytes
+        if self.closed:
+            return 0
+        return sum(window.committed_bytes for window in self._pages.windows)
+
+    @property
+    def n_cold(self) -> int:
+        """How many of its first tokens are quantised, in every layer; 0 if the cache does not."""
+        return 0 if self._cold is None else len(self._cold)
 
     @property
     def closed(self) -> bool:
@@ -140,45 +150,6 @@ class Sequence(SequenceRows):
             f"<Sequence {self._seq_id} of {tokens} tokens, at most {self._layout.max_tokens}; "
             f"{format_bytes(self.committed_bytes)} committed>"
         )
-
-    # --- whole KV blocks ----------------------------------------------------------------------
-
-    def k_blocks(self, layer: int) -> npt.NDArray[Any]:
-        """Return the K rows of a layer by KV block, without a copy, read-only; block order only.
-
-        Returns
-        -------
-        ndarray, shape (B, block_tokens, H, D)
-            Of the last block, only the rows up to the layer's length are valid: what lies behind
-            them is committed memory of undefined content, and changes as tokens arrive.
-
-        Raises
-        ------
-        PageBoundaryError
-            There is no such layer.
-        ValueError
-            The layout is in a layer-major order.
-        """
-        return self._blocks(layer, 0)
-
-    def v_blocks(self, layer: int) -> npt.NDArray[Any]:
-        """Return the V rows of a layer by KV block, without a copy, read-only; as `k_blocks`."""
-        return self._blocks(layer, 1)
-
-    def _blocks(self, layer: int, kv: int) -> npt.NDArray[Any]:
-        """As `SequenceRows.k`: the array's view keeps the writer from cutting what it covers."""
-        while True:
-            self._check_open()
-            n_cuts, lengths = self._n_cuts, self.layer_lengths
-            try:
-                array = views.block_array(self._window, self._layout, lengths, (layer, kv))
-            except PageBoundaryError:
-                if self._n_cuts == n_cuts:
-                    raise
-                continue  # the pages went while we looked
-            if self._n_cuts == n_cuts:
-                return array
-            del array
 
     # --- changing its length ------------------------------------------------------------------
 
@@ -244,7 +215,7 @@ class Sequence(SequenceRows):
         self._hide_rows(n_tokens)
         self._lineage.cut(n_tokens)
         self._set_positions(self.positions[:n_tokens])
-        self._pages.cut(self, n_tokens)
+        self._pages.cut(self, [n_tokens] * self._layout.n_layers)
 
     def _hide_rows(self, n_tokens: int) -> None:
         """Shorten all layers to at most `n_tokens`, if no live array reaches further.
@@ -254,7 +225,7 @@ class Sequence(SequenceRows):
         """
         lengths = self.layer_lengths
         self._set_lengths([n_tokens] * self._layout.n_layers)
-        reach = self._window.highest_mark()
+        reach = max(window.highest_mark() for window in self._pages.windows)
         if reach > n_tokens:
             self._set_lengths(lengths)
             raise BufferError(
@@ -300,11 +271,12 @@ class Sequence(SequenceRows):
     def _share_into(self, child: Sequence, n_tokens: int) -> None:
         """Give the first tokens to a sequence that has none."""
         self._touch()
-        child._pages.share(child, self._pages, self, n_tokens)
+        lengths = [n_tokens] * self._layout.n_layers
+        child._pages.share(child, self._pages, self, lengths)  # type: ignore[arg-type]
         self._lineage.settle(len(self))
         child._lineage = Lineage(self._lineage.part(0, n_tokens))
         child._set_positions(self.positions[:n_tokens])
-        child._set_lengths([n_tokens] * self._layout.n_layers)
+        child._set_lengths(lengths)
 
     def close(self) -> None:
         """Give back the pages that no other sequence shares.  A second call does nothing.
@@ -324,8 +296,8 @@ class Sequence(SequenceRows):
         try:
             self._set_lengths([0] * self._layout.n_layers)  # as `_hide_rows`
             self._check_no_views()
-            if not self._cache._retire(self._window, is_idle=not self._is_growing):
-                self._window.close()
+            for use, window in enumerate(self._pages.windows):
+                self._cache._retire(window, use, is_idle=not self._is_growing)
         except BaseException:
             self._is_closed = False
             self._set_lengths(lengths)
@@ -334,7 +306,7 @@ class Sequence(SequenceRows):
         self._cache._forget(self)
 
     def _check_no_views(self) -> None:
-        if self._window.n_views:
+        if any(window.n_views for window in self._pages.windows):
             raise BufferError(
                 "cannot close the sequence: arrays that k() and v() returned are still alive"
             )
@@ -398,26 +370,46 @@ class Sequence(SequenceRows):
         """
         self._cache.seq_keep(self._seq_id)
 
-    def add(self, p0: int, p1: int, delta: int) -> None:
+    def add(self, p0: int, p1: int, delta: int, *, lossy: bool = False) -> None:
         """Move the tokens at positions [p0, p1) by `delta` positions, and rotate their K along.
 
         Tokens whose position becomes negative are removed.  Pages that are shared are copied.
+
+        Parameters
+        ----------
+        p0, p1 : int
+            Positions; a negative `p0` is 0, a negative `p1` is no end.
+        delta : int
+            How far they move.
+        lossy : bool
+            Whether quantised K rows may be rounded once more.
 
         Raises
         ------
         ValueError
             The layout says nothing of `rope`, or the layers differ in length; or a position would
-            leave the range of 32 bits.
+            leave the range of 32 bits; or K rows are quantised and `lossy` is not set.
         BufferError
             A live array reaches past the first token to change.
         OutOfMemoryError
             There was no memory for copies of shared pages; the sequence is as it was.
         """
-        seq_ops.add(self, p0, p1, delta)
+        seq_ops.add(self, p0, p1, delta, lossy=lossy)
 
-    def div(self, p0: int, p1: int, d: int) -> None:
+    def div(self, p0: int, p1: int, d: int, *, lossy: bool = False) -> None:
         """Divide the positions in [p0, p1) by `d`, rounding down, and rotate K along; as `add`."""
-        seq_ops.divide(self, p0, p1, d)
+        seq_ops.divide(self, p0, p1, d, lossy=lossy)
+
+    def _has_packed_k(self, ranges: Collection[tuple[int, int]]) -> bool:
+        """Whether K of any of these tokens is quantised."""
+        cold = self._cold
+        if cold is None or not self._cache.cold_layout.formats[0].is_packed:
+            return False
+        return any(start < max(cold.layer_lengths) for start, _ in ranges)
+
+    def _give_way(self, request: Callable[[], None]) -> None:
+        """Carry out a request for memory, whatever else is evicted for it."""
+        with_room(self._cache, [self], request)
 
     def slide(self, window_tokens: int, sink_tokens: int = 0) -> int:
         """Drop the oldest tokens but the first few, so that about `window_tokens` follow them.
@@ -446,6 +438,20 @@ class Sequence(SequenceRows):
             As `rm`.
         """
         return seq_ops.slide(self, window_tokens, sink_tokens)
+
+    def _uneven_bytes(self) -> int:
+        """Bytes of rows beyond what `len` and `n_cold` say, while layers differ in either."""
+        n_tokens, n_cold, lengths = len(self), self.n_cold, self.layer_lengths
+        cold_lengths = lengths if self._cold is None else self._cold.layer_lengths
+        if max(lengths) == n_tokens and (self._cold is None or max(cold_lengths) == n_cold):
+            return 0
+        n_bytes = 0
+        for layer, rows in enumerate(self._layout.layers):
+            cold_bytes = self._cache.cold_layout.layers[layer].token_bytes
+            more_cold = 0 if self._cold is None else cold_lengths[layer] - n_cold
+            n_bytes += more_cold * cold_bytes
+            n_bytes += (lengths[layer] - n_tokens - more_cold) * rows.token_bytes
+        return n_bytes
 
     # --- guards -------------------------------------------------------------------------------
 

@@ -128,17 +128,17 @@ class SequencesById:
                 sequence.rollback()
                 sequence.rm()
 
-    def seq_add(self, seq_id: int, p0: int, p1: int, delta: int) -> None:
+    def seq_add(self, seq_id: int, p0: int, p1: int, delta: int, *, lossy: bool = False) -> None:
         """Move tokens of a sequence by `delta` positions; see `Sequence.add`."""
         found = self._find(_seq_id(seq_id))
         if found is not None:
-            found.add(p0, p1, delta)
+            found.add(p0, p1, delta, lossy=lossy)
 
-    def seq_div(self, seq_id: int, p0: int, p1: int, d: int) -> None:
+    def seq_div(self, seq_id: int, p0: int, p1: int, d: int, *, lossy: bool = False) -> None:
         """Divide positions of a sequence by `d`; see `Sequence.div`."""
         found = self._find(_seq_id(seq_id))
         if found is not None:
-            found.div(p0, p1, d)
+            found.div(p0, p1, d, lossy=lossy)
 
     def seq_pos_min(self, seq_id: int) -> int:
         """Return the smallest position in a sequence, -1 if it has no tokens."""

@@ -10,9 +10,11 @@ Structure
                   after purge_after_s, or when the budget is short: the oldest is closed
 
     There are two kinds: those whose first page is there serve new sequences, those of forks, whose
-    first pages were shared and are gone, serve forks.
+    first pages were shared and are gone, serve forks.  A window serves the use it had: the caller
+    numbers these.
 Invariants
     nobody else has a window that is in here, or a view of it
+    refused: windows that the kernel refused to close, which no sequence gets
     a timer runs while there is a window, in the process that made the cache
 Locking
     None, so that os.fork() leaves none taken behind: single operations of a list are atomic, and
@@ -32,6 +34,9 @@ from pagealloc.errors import PageallocError
 if TYPE_CHECKING:
     from pagealloc import Window
 
+    # with since when it lies idle, its use, and whether it serves forks
+    Entry = tuple[Window, float, tuple[int, bool]]
+
 __all__ = ["WarmWindows"]
 
 PATIENCE_STEP_S, PATIENCE_STEPS = 0.001, 2000
@@ -47,13 +52,13 @@ class WarmWindows:
         How long a window lies idle before it is closed; 0: nothing is kept.
     """
 
-    __slots__ = ("__weakref__", "_closing", "_entries", "_timer", "purge_after_s")
+    __slots__ = ("__weakref__", "_closing", "_entries", "_refused", "_timer", "purge_after_s")
 
     def __init__(self, purge_after_s: float) -> None:
         self.purge_after_s = purge_after_s
-        # with since when it lies idle, and whether it serves forks
-        self._entries: list[tuple[Window, float, bool]] = []
-        self._closing: list[tuple[Window, float, bool]] = []
+        self._entries: list[Entry] = []
+        self._closing: list[Entry] = []
+        self._refused: list[Window] = []
         self._timer: threading.Timer | None = None
 
     def __len__(self) -> int:
@@ -62,9 +67,10 @@ class WarmWindows:
     @property
     def nbytes(self) -> int:
         """Bytes of the pages committed in it."""
-        return sum(window.committed_bytes for window, _, _ in list(self._entries))
+        windows = [window for window, _, _ in list(self._entries)]
+        return sum(window.committed_bytes for window in [*windows, *self._refused])
 
-    def put(self, window: Window) -> bool:
+    def put(self, window: Window, use: int) -> bool:
         """Keep a window that nobody uses any more; False if it has to be closed instead."""
         if not self.purge_after_s:
             return False
@@ -77,14 +83,18 @@ class WarmWindows:
         runs = window.runs()
         if not runs:
             return False
-        self._entries.append((window, time.monotonic(), runs[0].offset > 0))
+        self._entries.append((window, time.monotonic(), (use, runs[0].offset > 0)))
         self._watch()
         return True
 
-    def take(self, *, for_fork: bool) -> Window | None:
-        """Return the window of a kind put last, None if there is none."""
+    def put_refused(self, window: Window) -> None:
+        """Keep a window that the kernel refused to close, to try again with the next one."""
+        self._refused.append(window)
+
+    def take(self, use: int, *, for_fork: bool) -> Window | None:
+        """Return the window of a use and kind put last, None if there is none."""
         for entry in reversed(list(self._entries)):
-            if entry[2] == for_fork:
+            if entry[2] == (use, for_fork):
                 with suppress(ValueError):  # another thread was quicker
                     self._entries.remove(entry)
                     return entry[0]
@@ -92,14 +102,19 @@ class WarmWindows:
 
     def close_oldest(self) -> bool:
         """Give back the pages of the window that lay idle longest; False if there is none."""
+        for window in list(self._refused):
+            with suppress(PageallocError, OSError, ValueError):
+                window.close()
+                self._refused.remove(window)
         for entry in list(self._entries):
             self._closing.append(entry)  # first: a window is always in one of the two lists
             try:
                 self._entries.remove(entry)
-                with suppress(PageallocError):  # they go with the last reference, at the latest
-                    entry[0].close()
+                entry[0].close()
             except ValueError:  # another thread was quicker
                 continue
+            except (PageallocError, OSError):
+                self.put_refused(entry[0])
             finally:
                 self._closing.remove(entry)
             return True

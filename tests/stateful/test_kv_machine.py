@@ -5,6 +5,8 @@ sequences are compared, `check()` runs, and the held bytes are cross-checked wit
 account: the sum of Pss over our mappings in ``/proc/self/smaps``.
 """
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -18,11 +20,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from mappings import CAN_WEIGH, weigh
+from quant_model import read_back
 
 from pagealloc.core.os_memory import page_size_bytes
 from pagealloc.kv import KVCache, KVLayout, Rope
 
-N_LAYERS, N_HEADS, HEAD_DIM = 2, 2, 150  # rows of 600 bytes: most pages end within a row
+N_LAYERS, N_HEADS, HEAD_DIM = 2, 2, 144  # rows of 576 bytes: most pages end within a row
 MAX_TOKENS = 40
 MAX_SEQUENCES = 6
 ROPE = Rope(64, base=50.0)
@@ -32,8 +35,9 @@ class Twin:
     """A sequence, and what it must hold: rows per layer (T, 2, H, D), and by token where it lies
     and which it is: tokens that two sequences share are the same one."""
 
-    def __init__(self, seq, rows, positions=(), names=()):
+    def __init__(self, seq, rows, positions=(), names=(), cold=(0,) * N_LAYERS):
         self.seq = seq
+        self.cold = list(cold)  # how many rows of each layer are quantised
         self.rows = rows
         self.positions = list(positions)
         self.names = list(names)
@@ -49,6 +53,7 @@ class Twin:
         return len(set(self.lengths)) == 1
 
     def keep(self, tokens):
+        self.cold = [sum(token < n_cold for token in tokens) for n_cold in self.cold]
         self.rows = [rows[tokens] for rows in self.rows]
         self.positions = [self.positions[token] for token in tokens]
         self.names = [self.names[token] for token in tokens]
@@ -68,7 +73,9 @@ class Twin:
 
 class KVMachine(RuleBasedStateMachine):
     order: str
-    pad_rows: bool
+    pad_rows = False
+    row_dtype = np.float16  # of what is read
+    shift_options: ClassVar[dict[str, bool]] = {}
 
     twins = Bundle("twins")
 
@@ -78,9 +85,18 @@ class KVMachine(RuleBasedStateMachine):
             N_LAYERS, N_HEADS, HEAD_DIM, MAX_TOKENS, order=self.order, block_tokens=4, rope=ROPE,
             pad_rows=self.pad_rows,
         )  # fmt: skip
-        self.cache = KVCache(layout, purge_after_s=float("inf"))
+        self.cache = KVCache(layout, purge_after_s=float("inf"), **self.quantisation())
         self.open = []
         self.next_value = self.next_name = 0
+
+    def quantisation(self):
+        return {}
+
+    def age(self, twin):
+        """Rows that are old enough change to what they read back as."""
+
+    def settle(self, twin):
+        """Before rows are moved, all layers have as many old ones."""
 
     def new_rows(self, *shape):
         """Rows that hardly occur elsewhere."""
@@ -95,8 +111,8 @@ class KVMachine(RuleBasedStateMachine):
         self.next_name += n_tokens
         return range(self.next_name - n_tokens, self.next_name)
 
-    def add(self, seq, rows, positions=(), names=()):
-        twin = Twin(seq, rows, positions, names)
+    def add(self, seq, *of):
+        twin = Twin(seq, *of)
         self.open.append(twin)
         return twin
 
@@ -104,7 +120,7 @@ class KVMachine(RuleBasedStateMachine):
     def sequence(self):
         if len(self.open) >= MAX_SEQUENCES:
             return self.open[-1]
-        empty = np.empty((0, 2, N_HEADS, HEAD_DIM), np.float16)
+        empty = np.empty((0, 2, N_HEADS, HEAD_DIM), self.row_dtype)
         return self.add(self.cache.sequence(), [empty] * N_LAYERS)
 
     @rule(twin=twins, layer=st.integers(0, N_LAYERS - 1), n_tokens=st.integers(0, 13))
@@ -178,7 +194,7 @@ class KVMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="cannot fork"):
                 twin.seq.fork()
             return twin
-        return self.add(twin.seq.fork(), list(twin.rows), twin.positions, twin.names)
+        return self.add(twin.seq.fork(), list(twin.rows), twin.positions, twin.names, twin.cold)
 
     @rule(twin=twins, p0=st.integers(-1, 50), n_positions=st.sampled_from((-60, 0, 1, 4, 8, 9, 32)))
     def rm(self, twin, p0, n_positions):
@@ -195,6 +211,8 @@ class KVMachine(RuleBasedStateMachine):
                 twin.seq.rm(p0, p1)
             return
         assert twin.seq.rm(p0, p1)
+        if gone:
+            self.settle(twin)
         twin.keep([token for token in range(len(twin.positions)) if token not in gone])
 
     @rule(twin=twins, window=st.integers(0, 20), sinks=st.integers(0, 5))
@@ -204,7 +222,9 @@ class KVMachine(RuleBasedStateMachine):
         n_dropped = twin.seq.slide(window, sinks)
         n_tokens = len(twin.positions)
         assert n_tokens - n_dropped >= min(n_tokens, window + sinks)
-        assert n_tokens - n_dropped < window + sinks + self.cache.layout.remap_tokens
+        assert n_tokens - n_dropped < window + sinks + twin.seq._pages.remap_tokens
+        if n_dropped:
+            self.settle(twin)
         twin.keep([*range(min(sinks, n_tokens)), *range(sinks + n_dropped, n_tokens)])
 
     @rule(twin=twins, other=twins, p0=st.integers(-1, 30), n_positions=st.integers(-40, 30))
@@ -223,12 +243,17 @@ class KVMachine(RuleBasedStateMachine):
         twin.seq.cp(other.seq, p0, p1)
         if other is twin:
             return
+        source = self.copied(twin, other, chosen)
         other.rows = [
             np.concatenate([rows, more[chosen]])
-            for rows, more in zip(other.rows, twin.rows, strict=True)
+            for rows, more in zip(other.rows, source, strict=True)
         ]
         other.positions += [twin.positions[token] for token in chosen]
         other.names += [twin.names[token] for token in chosen]
+
+    def copied(self, twin, other, chosen):  # noqa: ARG002
+        """Return the rows by layer of which those of some tokens come behind those of `other`."""
+        return twin.rows
 
     @rule(
         twin=twins, p0=st.integers(-1, 50), n_positions=st.integers(-60, 30), by=st.integers(-9, 9)
@@ -247,20 +272,30 @@ class KVMachine(RuleBasedStateMachine):
         after = {token: to for token, to in after.items() if to != twin.positions[token]}
         if after and twin.reach > min(after):
             with pytest.raises(BufferError, match="live array"):
-                getattr(twin.seq, name)(p0, p1, by)
+                getattr(twin.seq, name)(p0, p1, by, **self.shift_options)
             return
-        getattr(twin.seq, name)(p0, p1, by)
+        self.check_shift(twin, name, (p0, p1, by), after)
+        getattr(twin.seq, name)(p0, p1, by, **self.shift_options)
+        if after:
+            self.settle(twin)
         moved = [token for token, to in after.items() if to >= 0]
         deltas = np.array([after[token] - twin.positions[token] for token in moved], np.int64)
         for layer, rows in enumerate(twin.rows):
             changed = rows.copy()
             rotated = ROPE.rotate(rows[moved, 0].astype(np.float32), deltas)
-            changed[moved, 0] = rotated.astype(np.float16)
+            changed[moved, 0] = self.stored_k(twin, layer, moved, rotated.astype(np.float16))
             twin.rows[layer] = changed
         for token, fresh in zip(moved, self.new_names(len(moved)), strict=True):
             twin.positions[token], twin.names[token] = after[token], fresh
         gone = {token for token, to in after.items() if to < 0}
         twin.keep([token for token in range(len(twin.positions)) if token not in gone])
+
+    def check_shift(self, twin, name, arguments, after):
+        """Whatever must be refused before."""
+
+    def stored_k(self, twin, layer, tokens, rows):  # noqa: ARG002
+        """K rows (T, H, D) of these tokens as they read back once they are written."""
+        return rows
 
     @rule(twin=twins, layer=st.integers(0, N_LAYERS - 1), kv=st.integers(0, 1))
     def hold_array(self, twin, layer, kv):
@@ -303,7 +338,7 @@ class KVMachine(RuleBasedStateMachine):
     @rule(layer=st.integers(0, N_LAYERS - 1), kv=st.integers(0, 1))
     def gather(self, layer, kv):
         gathered = self.cache.gather([twin.seq for twin in self.open], layer, "kv"[kv])
-        empty = np.empty((0, N_HEADS, HEAD_DIM), np.float16)
+        empty = np.empty((0, N_HEADS, HEAD_DIM), self.row_dtype)
         expected = np.concatenate([empty, *(twin.rows[layer][:, kv] for twin in self.open)])
         self.assert_rows(gathered, expected)
 
@@ -370,6 +405,7 @@ class KVMachine(RuleBasedStateMachine):
     @invariant()
     def every_side_has_its_own_rows(self):
         for twin in self.open:
+            self.age(twin)
             assert twin.seq.layer_lengths == tuple(twin.lengths)
             assert twin.seq.positions.tolist() == twin.positions
             assert twin.seq.pos_max() == max(twin.positions, default=-1)
@@ -382,7 +418,7 @@ class KVMachine(RuleBasedStateMachine):
 
     def touch_pages(self):
         """Read every committed page: Pss counts what was touched since it was mapped."""
-        windows = [twin.seq._window for twin in self.open]
+        windows = [window for twin in self.open for window in twin.seq._pages.windows]
         for window in windows + [entry[0] for entry in self.cache._warm._entries]:
             for run in window.runs():
                 np.frombuffer(window.view(run.offset, run.nbytes), np.uint8)[::512].copy()
@@ -396,20 +432,133 @@ class KVMachine(RuleBasedStateMachine):
         assert stats.committed_bytes == stats.file_bytes
         unshared_bytes = sum(twin.seq.committed_bytes for twin in self.open)
         assert stats.shared_bytes == unshared_bytes + stats.warm_bytes - stats.committed_bytes
-        whole = {name for twin in self.open for name in twin.names[: min(twin.lengths)]}
-        n_rows = N_LAYERS * len(whole) + sum(
-            length - min(twin.lengths) for twin in self.open for length in twin.lengths
-        )
-        assert stats.needed_bytes == n_rows * self.cache.layout.layers[0].token_bytes
+        assert stats.needed_bytes == self.needed_bytes()
         if CAN_WEIGH:
             self.touch_pages()
             pss_bytes, n_mappings = weigh(self.cache._store.fd)
             assert abs(pss_bytes - stats.file_bytes) <= 1024 * n_mappings
 
+    def needed_bytes(self):
+        """Rows that two sequences share count once."""
+        cold, recent, uneven_bytes = set(), set(), 0
+        cold_bytes, recent_bytes = (
+            layout.layers[0].token_bytes for layout in (self.cache.cold_layout, self.cache.layout)
+        )
+        for twin in self.open:
+            n_tokens, n_cold = min(twin.lengths), min(twin.cold)
+            cold.update(twin.names[:n_cold])
+            recent.update(twin.names[n_cold:n_tokens])
+            for length, more_cold in zip(twin.lengths, twin.cold, strict=True):
+                uneven_bytes += (more_cold - n_cold) * cold_bytes
+                uneven_bytes += (length - more_cold - n_tokens + n_cold) * recent_bytes
+        return N_LAYERS * (len(cold) * cold_bytes + len(recent) * recent_bytes) + uneven_bytes
+
     def teardown(self):
         for twin in self.open:
             twin.arrays.clear()
         self.cache.close()
+
+
+class QuantisedMachine(KVMachine):
+    """The same with rows that are quantised once they are `RESIDUAL_TOKENS` tokens old."""
+
+    residual_tokens: int
+    row_dtype = np.float32
+    shift_options: ClassVar[dict[str, bool]] = {"lossy": True}
+
+    def quantisation(self):
+        return {
+            "k_type": "q8_0", "v_type": "q4_0", "rotate": "v",
+            "residual_tokens": self.residual_tokens,
+        }  # fmt: skip
+
+    def due(self, n_tokens):
+        step = 4 if self.residual_tokens else 1
+        return max(0, n_tokens - self.residual_tokens) // step * step
+
+    def pack(self, twin, layer, n_cold):
+        """Have the first tokens of a layer quantised: they change to what they read back as."""
+        start = twin.cold[layer]
+        if n_cold > start:
+            rows = twin.rows[layer].copy()
+            rows[start:n_cold, 0] = read_back(rows[start:n_cold, 0], "q8_0")
+            rows[start:n_cold, 1] = read_back(rows[start:n_cold, 1], "q4_0", rotate=True)
+            twin.rows[layer] = rows
+            twin.cold[layer] = n_cold
+
+    def age(self, twin):
+        for layer, length in enumerate(twin.lengths):
+            self.pack(twin, layer, self.due(length))
+
+    def settle(self, twin):
+        for layer in range(N_LAYERS):
+            self.pack(twin, layer, max(twin.cold))
+
+    def copied(self, twin, other, chosen):
+        if not chosen:
+            return twin.rows
+        if not other.positions:  # shared up to the last, and the others dropped
+            end = chosen[-1] + 1
+            shared = Twin(None, list(twin.rows), twin.positions, twin.names, twin.cold)
+            shared.cut(end)
+            if chosen != list(range(end)):
+                self.settle(shared)
+            other.cold = [sum(token < n_cold for token in chosen) for n_cold in shared.cold]
+            return shared.rows
+        self.settle(twin)
+        self.settle(other)
+        n_packed = sum(token < twin.cold[0] for token in chosen)
+        if n_packed:  # all of `other` is packed first
+            n_there = len(other.positions)
+            for layer in range(N_LAYERS):
+                self.pack(other, layer, n_there)
+            other.cold = [n_there + n_packed] * N_LAYERS
+        return twin.rows
+
+    def check_shift(self, twin, name, arguments, after):
+        moved = [token for token, to in after.items() if to >= 0]
+        if moved and min(moved) < max(twin.cold):
+            with pytest.raises(ValueError, match="lossy=True"):
+                getattr(twin.seq, name)(*arguments)
+
+    def stored_k(self, twin, layer, tokens, rows):
+        old = np.array(tokens, int) < twin.cold[layer]
+        return np.where(old[:, None, None], read_back(rows, "q8_0"), rows)
+
+    def read(self, seq, layer, kv):
+        return (seq.v if kv else seq.k)(layer)
+
+    def assert_rows(self, array, rows):
+        flat = array.reshape(-1, *rows.shape[1:])
+        if array.dtype == np.uint8:  # the last KV block may hold more
+            flat = flat[: len(rows)]
+        np.testing.assert_array_equal(flat, rows)
+
+    @rule(twin=KVMachine.twins, layer=st.integers(0, N_LAYERS - 1), kv=st.integers(0, 1))
+    def hold_array(self, twin, layer, kv):
+        """Of packed rows, which are shown without a copy."""
+        if twin.is_open and twin.cold[layer]:
+            array = twin.seq.rows(layer)[kv]
+            rows = array.reshape(-1, array.shape[-1])[: twin.cold[layer]]
+            twin.arrays.append((array, rows.copy(), twin.cold[layer]))
+
+    @rule()
+    def write_word(self):
+        """Words are of rows that are stored as they come."""
+
+
+@pytest.mark.parametrize("residual_tokens", [0, 8])
+@pytest.mark.parametrize("order", ["interleaved", "split", "block"])
+def test_quantised_sequences_against_the_model(order, residual_tokens, long_suite):
+    machine = type(
+        f"Quantised{order.title()}Machine",
+        (QuantisedMachine,),
+        {"order": order, "residual_tokens": residual_tokens},
+    )
+    n_examples = 1000 if long_suite else 20
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=n_examples, stateful_step_count=20)
+    )
 
 
 @pytest.mark.parametrize("pad_rows", [False, True], ids=["packed", "padded"])

@@ -11,6 +11,7 @@ import traceback
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from quant_model import assert_recommended
 from stress import in_child, running
 
 from pagealloc.errors import ForkedError
@@ -40,6 +41,9 @@ def assert_rows(seq, rows):
     assert len(seq) == len(rows)
     for layer in range(N_LAYERS):
         for kv in (0, 1):
+            if seq.cache.cold_layout is not seq.cache.layout:
+                assert_recommended(seq, layer, kv, rows[:, layer, kv])
+                continue
             if seq.cache.layout.order == "block":
                 blocks = (seq.v_blocks if kv else seq.k_blocks)(layer)
                 array = blocks.reshape(-1, N_HEADS, HEAD_DIM)[: len(seq)]
@@ -84,10 +88,14 @@ def work(prompt, seed, stop, failures):
         failures.append(traceback.format_exc())
 
 
+QUANTISED = {"quantize": "recommended", "residual_tokens": 24}
+
+
 @pytest.mark.fork_under_load
+@pytest.mark.parametrize("options", [{}, QUANTISED], ids=["float16", "quantised"])
 @pytest.mark.parametrize("order", ["interleaved", "block"])
-def test_fork_under_load(duration_s, order):
-    cache = KVCache(KVLayout(N_LAYERS, N_HEADS, HEAD_DIM, 300, order=order))
+def test_fork_under_load(duration_s, order, options):
+    cache = KVCache(KVLayout(N_LAYERS, N_HEADS, HEAD_DIM, 300, order=order), **options)
     rows, more = make_rows(150, 0), make_rows(30, 1)
     prompt = cache.sequence()
     append_rows(prompt, rows[:100])
@@ -162,9 +170,10 @@ def test_a_child_closes_the_cache():
     cache.close()
 
 
-def test_threads_on_sequences_of_their_own(duration_s):
+@pytest.mark.parametrize("options", [{}, QUANTISED], ids=["float16", "quantised"])
+def test_threads_on_sequences_of_their_own(duration_s, options):
     """One writer a sequence, many sequences: threads share the store and nothing else."""
-    cache = KVCache(KVLayout(N_LAYERS, N_HEADS, HEAD_DIM, 300, order="block"))
+    cache = KVCache(KVLayout(N_LAYERS, N_HEADS, HEAD_DIM, 300, order="block"), **options)
     prompt = cache.sequence()
     rows = make_rows(100, 0)
     append_rows(prompt, rows)

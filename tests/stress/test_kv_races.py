@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,17 +27,22 @@ def hasty():
     sys.setswitchinterval(before)
 
 
-def make_cache(order, max_tokens=512):
-    return KVCache(KVLayout(N_LAYERS, N_HEADS, HEAD_DIM, max_tokens, order=order, block_tokens=4))
+def make_cache(order, max_tokens=512, **options):
+    layout = KVLayout(N_LAYERS, N_HEADS, HEAD_DIM, max_tokens, order=order, block_tokens=4)
+    return KVCache(layout, **options)
 
 
 def token(number):
     return np.full((N_LAYERS, 2, N_HEADS, HEAD_DIM), number, np.float16)
 
 
+QUANTISED = {"quantize": "recommended", "residual_tokens": 8}
+
+
+@pytest.mark.parametrize("options", [{}, QUANTISED], ids=["float16", "quantised"])
 @pytest.mark.parametrize("closer", ["sequence", "cache"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_closing_while_another_thread_appends(hasty, order, closer):
+def test_closing_while_another_thread_appends(hasty, order, closer, options):
     def append(sequence, started):
         started.set()
         try:
@@ -46,7 +52,7 @@ def test_closing_while_another_thread_appends(hasty, order, closer):
             pass
 
     for _ in range(60):
-        cache = make_cache(order)
+        cache = make_cache(order, **options)
         sequence = cache.sequence()
         started = threading.Event()
         thread = threading.Thread(target=append, args=(sequence, started))
@@ -153,7 +159,7 @@ def change(sequence, number):
     for operation, *arguments in (
         (sequence.rm, position, position + 4),
         (sequence.slide, 60, 4),
-        (sequence.add, -1, -1, 3),
+        (partial(sequence.add, lossy=True), -1, -1, 3),
     ):
         with contextlib.suppress(BufferError):
             operation(*arguments)
@@ -164,13 +170,15 @@ def change(sequence, number):
             sequence.truncate(40)
 
 
+@pytest.mark.parametrize("quantised", [False, True], ids=["float16", "quantised"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_two_readers_while_one_writes(hasty, duration_s, order):
+def test_two_readers_while_one_writes(hasty, duration_s, order, quantised):
     """A reader finds rows that were there, whole: every V row is one number over and over."""
+    options = {"v_type": "q8_0", "residual_tokens": 20} if quantised else {}
     layout = KVLayout(
         N_LAYERS, N_HEADS, HEAD_DIM, 512, order=order, block_tokens=4, rope=Rope(HEAD_DIM)
     )
-    cache = KVCache(layout, purge_after_s=0.01)
+    cache = KVCache(layout, purge_after_s=0.01, **options)
     sequence = cache.sequence()
     failures, stop = [], threading.Event()
 

@@ -142,9 +142,11 @@ def test_what_does_not_fit(cache):
         cache.gather([sequence], 0, "q")
     with pytest.raises(PageBoundaryError, match="layer 3"):
         cache.gather([sequence], 3, "k")
-    for out in (np.empty((1, 2, 32), np.float16), np.empty((0, 2, 32), np.float32)):
+    for out in (np.empty((1, 2, 32), np.float16), np.empty((0, 2, 31), np.float32)):
         with pytest.raises(ValueError, match="out must be"):
             cache.gather([sequence], 0, "k", out=out)
+    with pytest.raises(TypeError, match="cannot be read as float64"):
+        cache.gather([sequence], 0, "k", out=np.empty((0, 2, 32)))
     closed = cache.sequence()
     closed.close()
     with pytest.raises(ClosedError):

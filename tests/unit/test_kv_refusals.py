@@ -4,13 +4,15 @@ import errno
 
 import numpy as np
 import pytest
+from quant_model import assert_recommended
 
 from pagealloc.core.os_memory import CALL_NAMES, call_counts, page_size_bytes, refusing
 from pagealloc.errors import OutOfMemoryError
 from pagealloc.kv import KVCache, KVLayout
 
-ORDERS = ("interleaved", "split", "block")
+ORDERS = ("interleaved", "split", "block", "quantised interleaved", "quantised block")
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 3, 64
+ERRORS = (errno.ENOMEM, errno.ENOSPC, errno.EINVAL)
 SCALE = page_size_bytes() // 4096  # as many pages on every machine
 MAX_TOKENS = 100 * SCALE
 
@@ -32,6 +34,9 @@ def append_rows(seq, rows):
 def assert_rows(seq, rows):
     for layer, length in enumerate(seq.layer_lengths):
         for kv in (0, 1):
+            if seq.cache.cold_layout is not seq.cache.layout:
+                assert_recommended(seq, layer, kv, rows[:length, layer, kv])
+                continue
             if seq.cache.layout.order == "block":
                 blocks = (seq.v_blocks if kv else seq.k_blocks)(layer)
                 array = blocks.reshape(-1, N_HEADS, HEAD_DIM)[:length]
@@ -44,8 +49,10 @@ class Scene:
     """A parent and a child that share a prompt; the child wrote more and has a twin."""
 
     def __init__(self, order):
+        *quantised, order = order.split()
         layout = KVLayout(N_LAYERS, N_HEADS, HEAD_DIM, MAX_TOKENS, order=order)
-        self.cache = KVCache(layout, purge_after_s=0)
+        options = {"quantize": "recommended", "residual_tokens": 20 * SCALE} if quantised else {}
+        self.cache = KVCache(layout, purge_after_s=0, **options)
         self.parent = self.cache.sequence()
         append_rows(self.parent, PROMPT)
         self.child = self.parent.fork()
@@ -58,7 +65,7 @@ class Scene:
         self.cache.check()
         for seq in self.cache.sequences:
             seq.close()
-        self.cache._store.trim()
+        self.cache.trim()
         assert self.cache.stats().file_bytes == 0
         self.cache.check()
         self.cache.close()
@@ -132,7 +139,7 @@ def test_a_refused_call(order, operation, call):
     operate = OPERATIONS[operation]
     for n_refusals in (1, -1):
         for n_succeed in range(count_calls(order, operate, call)):
-            for error in (errno.ENOMEM, errno.ENOSPC, errno.EINVAL):
+            for error in ERRORS if " " not in order else ERRORS[:1]:
                 scene = Scene(order)
                 before = [seq.layer_lengths for seq in scene.cache.sequences]
                 with refusing(call, error, skip=n_succeed, times=n_refusals):
@@ -145,7 +152,7 @@ def test_a_refused_call(order, operation, call):
                     scene.child.rollback()
                     scene.child.truncate(0)  # tries again what was refused before
                 assert_rows(scene.twin, scene.child_rows)
-                scene.cache._store.trim()
+                scene.cache.trim()
                 scene.cache.check()
                 scene.parent.rollback()
                 append_rows(scene.parent, MORE[len(scene.parent) - len(PROMPT) :])
