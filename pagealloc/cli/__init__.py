@@ -5,7 +5,10 @@ A subcommand's module has ``NAME``, ``HELP``, ``add_arguments(parser)`` and ``ru
 command needs beyond argparse is imported in its ``run``.
 """
 
-__all__ = ["CommandError"]
+__all__ = ["KV_CHOICES", "CommandError"]
+
+KV_CHOICES = ("f16", "q8_0", "recommended", "q4_0")
+"""The keys of `pagealloc.kv.quantisation.KV_KINDS`, which is not cheap to import."""
 
 
 class CommandError(Exception):

@@ -1,60 +1,29 @@
 """``pagealloc plan``: what a KV cache costs, and how many sequences fit here."""
 
-import argparse
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pagealloc.cli import KV_CHOICES
 from pagealloc.cli.model_shape import LayerGroup, ModelShape, read_model_shape
 from pagealloc.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from pagealloc.cli.plan_costs import Cost, Question
 
 NAME = "plan"
 HELP = "show what a KV cache costs, and how many sequences fit here"
 
 MOST = 1 << 40  # of anything that is counted here: beyond it only typing errors lie
 
-# ggml stores a row in blocks of 32 values: one float16 scale, then 8 or 4 bits a value.
-BLOCK_VALUES = 32
-Q8_0_BLOCK_BYTES = 34
-Q4_0_BLOCK_BYTES = 18
-
-PAGE_TABLE_ENTRY_BYTES = 8
 # A layer of a forked sequence: the shared pages, and its own after them.
 MAPPINGS_PER_LAYER = 2
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is planned for."""
-
-    shape: ModelShape
-    context_tokens: int
-    used_tokens: int
-    """Tokens a sequence really has, the shared prefix among them."""
-    shared_tokens: int
-    sequences: int
-    memory_bytes: int
-    page_bytes: int
-    max_map_count: int | None = None
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One way to keep the cache, and its bytes."""
-
-    name: str
-    token_bytes: int
-    """The rows of one token, K and V of all layers."""
-    sequence_bytes: int
-    """What each sequence holds of its own."""
-    page_table_bytes: int
-    """The page tables of each sequence, over shared pages too."""
-    shared_bytes: int
-    """What all sequences hold together, once."""
-    total_bytes: int
-    fitting_sequences: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,11 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory for the cache, such as 16GiB (default: what this process may still take)",
     )
+    parser.add_argument(
+        "--kv",
+        choices=KV_CHOICES,
+        help="only rows stored so: float16; 8 bits; K in 8 bits and V in 4; 4 bits (default: each)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
+    from pagealloc.cli.plan_costs import costs_of
+
     question = question_of(args)
     costs = costs_of(question)
     print(json.dumps(as_json(question, costs), indent=2) if args.json else as_text(question, costs))
@@ -109,6 +85,7 @@ def question_of(args: argparse.Namespace) -> Question:
     ValueError
         An argument is missing, impossible, or contradicts another.
     """
+    from pagealloc.cli.plan_costs import Question
     from pagealloc.cli.system_report import read_system_report
 
     report = read_system_report()
@@ -150,6 +127,7 @@ def question_of(args: argparse.Namespace) -> Question:
         memory_bytes=memory_bytes,
         page_bytes=report.page_bytes,
         max_map_count=report.max_map_count,
+        kv=args.kv,
     )
 
 
@@ -169,104 +147,6 @@ def _shape_of(args: argparse.Namespace) -> ModelShape:
         if value < 1:
             raise ValueError(f"{option} must be at least 1, not {value}")
     return ModelShape((LayerGroup(args.layers, args.kv_heads, args.head_dim),), context_tokens=None)
-
-
-# --- the costs ---
-
-
-def costs_of(question: Question) -> list[Cost]:
-    """Return the cost of each way to keep the cache that suits the model."""
-    from pagealloc.kv import KVLayout
-
-    layouts = [
-        KVLayout(group.n_layers, group.n_kv_heads, group.head_dim, question.context_tokens)
-        for group in question.shape.groups
-    ]
-    rows = [layout.token_bytes // layout.n_layers for layout in layouts]
-    window_bytes = sum(layout.window_bytes for layout in layouts)
-    costs = [
-        _cost(
-            question,
-            "preallocated float16",
-            token_bytes=sum(layout.token_bytes for layout in layouts),
-            sequence_bytes=window_bytes,
-            page_table_bytes=_page_table_bytes(question, rows, question.context_tokens),
-            shared_bytes=0,
-        ),
-        _paged_cost(question, "paged float16", rows),
-    ]
-    if not _is_quantisable(question.shape):
-        return costs
-    for name, k_block_bytes, v_block_bytes in (
-        ("paged q8_0", Q8_0_BLOCK_BYTES, Q8_0_BLOCK_BYTES),
-        ("paged K8/V4", Q8_0_BLOCK_BYTES, Q4_0_BLOCK_BYTES),
-    ):
-        rows = [
-            group.n_kv_heads * group.head_dim // BLOCK_VALUES * (k_block_bytes + v_block_bytes)
-            for group in question.shape.groups
-        ]
-        costs.append(_paged_cost(question, name, rows))
-    return costs
-
-
-def _is_quantisable(shape: ModelShape) -> bool:
-    return all(group.head_dim % BLOCK_VALUES == 0 for group in shape.groups)
-
-
-def _paged_cost(question: Question, name: str, row_bytes: Sequence[int]) -> Cost:
-    """Return the cost of windows that hold the pages of the tokens in use.
-
-    `row_bytes` is K and V of one token in one layer, for each group of layers.  The rows of a layer
-    start on a page.  Of the prefix, whole pages are shared; the page where a sequence goes on
-    after it is copied by each.
-    """
-    page_bytes = question.page_bytes
-    goes_on = question.used_tokens > question.shared_tokens
-    shared_bytes = sequence_bytes = token_bytes = 0
-    for group, row in zip(question.shape.groups, row_bytes, strict=True):
-        used_pages = -(-question.used_tokens * row // page_bytes)
-        prefix_pages = question.shared_tokens * row // page_bytes if goes_on else used_pages
-        token_bytes += group.n_layers * row
-        shared_bytes += group.n_layers * prefix_pages * page_bytes
-        sequence_bytes += group.n_layers * (used_pages - prefix_pages) * page_bytes
-    return _cost(
-        question,
-        name,
-        token_bytes=token_bytes,
-        sequence_bytes=sequence_bytes,
-        page_table_bytes=_page_table_bytes(question, row_bytes, question.used_tokens),
-        shared_bytes=shared_bytes,
-    )
-
-
-def _page_table_bytes(question: Question, row_bytes: Sequence[int], n_tokens: int) -> int:
-    """Return the lowest level of page tables; a page of it maps 2 MiB where pages have 4 KiB."""
-    mapped_bytes = question.page_bytes**2 // PAGE_TABLE_ENTRY_BYTES
-    return question.page_bytes * sum(
-        group.n_layers * -(-n_tokens * row // mapped_bytes)
-        for group, row in zip(question.shape.groups, row_bytes, strict=True)
-    )
-
-
-def _cost(
-    question: Question,
-    name: str,
-    *,
-    token_bytes: int,
-    sequence_bytes: int,
-    page_table_bytes: int,
-    shared_bytes: int,
-) -> Cost:
-    one_more_bytes = sequence_bytes + page_table_bytes
-    return Cost(
-        name=name,
-        token_bytes=token_bytes,
-        sequence_bytes=sequence_bytes,
-        page_table_bytes=page_table_bytes,
-        shared_bytes=shared_bytes,
-        total_bytes=shared_bytes + question.sequences * one_more_bytes,
-        fitting_sequences=max(question.memory_bytes - shared_bytes, 0) // one_more_bytes,
-    )
 
 
 # --- the answer ---
@@ -321,8 +201,12 @@ def _asked(question: Question) -> list[str]:
 
 
 def _notes(question: Question, costs: Sequence[Cost]) -> list[str]:
+    from pagealloc.cli.plan_costs import BLOCK_VALUES, is_quantisable
+    from pagealloc.kv.quantisation import RESIDUAL_TOKENS
+
     notes = [
         f"Paged: pages of {format_bytes(question.page_bytes)} hold each layer's tokens in use.",
+        f"Quantised: all but the newest {RESIDUAL_TOKENS} tokens, or a few more, of a sequence.",
         "Not counted: the model's weights and what inference needs besides the cache.",
     ]
     if question.shared_tokens and question.max_map_count:
@@ -334,8 +218,8 @@ def _notes(question: Question, costs: Sequence[Cost]) -> list[str]:
                 f'{most_sequences:,} such sequences; with order="block" it takes '
                 f"{MAPPINGS_PER_LAYER}."
             )
-    if not _is_quantisable(question.shape):
-        notes.append(f"Not quantisable: heads are no multiple of {BLOCK_VALUES} values.")
+    if not is_quantisable(question.shape):
+        notes.append(f"Not quantisable: rows are no multiple of {BLOCK_VALUES} values.")
     if question.shape.sliding_window_tokens:
         notes.append(
             f"Layers with a sliding window of {question.shape.sliding_window_tokens:,} tokens "

@@ -4,20 +4,22 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pagealloc.cli import plan
+from pagealloc.cli import KV_CHOICES, plan, plan_costs
 from pagealloc.cli.main import main
 from pagealloc.cli.model_shape import LayerGroup, ModelShape, shape_from_metadata
+from pagealloc.kv.quantisation import KV_KINDS
 
 # SmolLM2-135M: 23,040 bytes of float16 rows a token.
 SMOLLM2 = ModelShape((LayerGroup(30, 3, 64),), context_tokens=8192)
 SMOLLM2_OPTIONS = ["--layers=30", "--kv-heads=3", "--head-dim=64"]
 
 
-def question(shape: ModelShape = SMOLLM2, **changes: int) -> plan.Question:
+def question(shape: ModelShape = SMOLLM2, **changes: Any) -> plan_costs.Question:
     numbers = {
         "context_tokens": 8192,
         "used_tokens": 1100,
@@ -26,11 +28,11 @@ def question(shape: ModelShape = SMOLLM2, **changes: int) -> plan.Question:
         "memory_bytes": 16 << 30,
         "page_bytes": 4096,
     }
-    return plan.Question(shape, **(numbers | changes))
+    return plan_costs.Question(shape, **(numbers | changes))
 
 
-def costs(asked: plan.Question) -> dict[str, plan.Cost]:
-    return {cost.name: cost for cost in plan.costs_of(asked)}
+def costs(asked: plan_costs.Question) -> dict[str, plan_costs.Cost]:
+    return {cost.name: cost for cost in plan_costs.costs_of(asked)}
 
 
 class TestCosts:
@@ -67,16 +69,25 @@ class TestCosts:
         found = costs(question())
         values = 30 * 3 * 64  # of K, and as many of V
         assert found["paged q8_0"].token_bytes == 2 * values // 32 * 34
-        assert found["paged K8/V4"].token_bytes == values // 32 * (34 + 18)
+        assert found["paged recommended"].token_bytes == values // 32 * (34 + 18)
+        assert found["paged q4_0"].token_bytes == 2 * values // 32 * 18
 
-    def test_heads_that_are_no_multiple_of_32_are_not_quantised(self):
-        odd = question(ModelShape((LayerGroup(2, 4, 80),), None))
+    def test_quantised_sequences_have_a_ring_of_rows_as_they_came(self):
+        cost = costs(question())["paged recommended"]
+        # (1,100 - 128) // 16 * 16 = 960 tokens of 312 bytes a layer are 74 pages, 864 of the prefix
+        # are 65; and the ring of 144 tokens of 768 bytes is 27.
+        assert cost.shared_bytes == 30 * 65 * 4096
+        assert cost.sequence_bytes == 30 * (74 - 65 + 27) * 4096
+        assert cost.page_table_bytes == 30 * 2 * 4096
+
+    def test_rows_that_are_no_multiple_of_32_are_not_quantised(self):
+        odd = question(ModelShape((LayerGroup(2, 3, 80),), None))
         assert list(costs(odd)) == ["preallocated float16", "paged float16"]
-        assert "Not quantisable" in plan.as_text(odd, plan.costs_of(odd))
+        assert "Not quantisable" in plan.as_text(odd, plan_costs.costs_of(odd))
 
     def test_groups_of_layers_add_up(self):
         mixed = question(ModelShape((LayerGroup(10, 3, 64), LayerGroup(20, 3, 64)), None))
-        assert plan.costs_of(mixed) == plan.costs_of(question())
+        assert plan_costs.costs_of(mixed) == plan_costs.costs_of(question())
 
     def test_64_kib_pages(self):
         cost = costs(question(page_bytes=65536, shared_tokens=0))["paged float16"]
@@ -89,29 +100,46 @@ class TestCosts:
     def test_mappings_are_warned_of_where_they_would_run_out(self):
         def text(**changes: int) -> str:
             asked = question(max_map_count=65530, **changes)
-            return plan.as_text(asked, plan.costs_of(asked))
+            return plan.as_text(asked, plan_costs.costs_of(asked))
 
         assert "allows 1,092 such sequences" in text()
         assert "mappings" not in text(shared_tokens=0)
         assert "mappings" not in text(memory_bytes=1 << 30)
 
-    def test_a_window_holds_what_the_plan_says(self):
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("float16", {}),
+            ("q8_0", {"k_type": "q8_0", "v_type": "q8_0"}),
+            ("recommended", {"quantize": "recommended"}),
+            ("q4_0", {"k_type": "q4_0", "v_type": "q4_0"}),
+        ],
+    )
+    @pytest.mark.parametrize("n_tokens", [100, 250, 900])
+    def test_a_window_holds_what_the_plan_says(self, name, options, n_tokens):
         from pagealloc import page_size_bytes
         from pagealloc.kv import KVCache, KVLayout
 
-        cache = KVCache(KVLayout(4, 2, 32, 256))
-        sequence = cache.sequence()
-        for _ in range(100):
-            sequence.append_token(np.ones((4, 2, 2, 32), np.float16))
-        asked = question(
-            ModelShape((LayerGroup(4, 2, 32),), None),
-            context_tokens=256,
-            used_tokens=100,
-            shared_tokens=0,
-            page_bytes=page_size_bytes(),
-        )
-        planned = costs(asked)["paged float16"].sequence_bytes
-        assert cache.stats().file_bytes == planned
+        token = np.ones((4, 2, 2, 32), np.float16)
+        with KVCache(KVLayout(4, 2, 32, 1024), **options) as cache:
+            sequence = cache.sequence()
+            for _ in range(n_tokens):
+                sequence.append_token(token)
+            asked = question(
+                ModelShape((LayerGroup(4, 2, 32),), None),
+                context_tokens=1024,
+                used_tokens=n_tokens,
+                shared_tokens=0,
+                page_bytes=page_size_bytes(),
+            )
+            planned = costs(asked)[f"paged {name}"].sequence_bytes
+            assert cache.stats().file_bytes == planned
+
+    def test_every_kind_can_be_asked_for(self):
+        assert tuple(KV_KINDS) == KV_CHOICES
+
+    def test_only_the_kind_that_was_asked_for(self):
+        assert list(costs(question(kv="q8_0"))) == ["preallocated float16", "paged q8_0"]
 
 
 class TestCommand:
@@ -212,7 +240,7 @@ class TestMetadata:
         shape = shape_from_metadata((LLAMA | {"llama.attention.sliding_window": 512}).get)
         assert shape.sliding_window_tokens == 512
         asked = question(shape)
-        assert "512 tokens are counted in full" in plan.as_text(asked, plan.costs_of(asked))
+        assert "512 tokens are counted in full" in plan.as_text(asked, plan_costs.costs_of(asked))
 
     @pytest.mark.parametrize(
         ("changes", "word"),
