@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from pagealloc.cli import KV_CHOICES
+
 __all__ = ["HELP", "NAME", "add_arguments", "run"]
 
 NAME = "demo"
@@ -45,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="0 takes the likeliest token (default: %(default)s)",
     )
+    parser.add_argument(
+        "--kv",
+        choices=KV_CHOICES,
+        help="how pagealloc stores K and V: float16, as the baseline (default); 8 bits; K in 8 and "
+        "V in 4; or 4 bits. If given, what it costs in perplexity is measured too",
+    )
     parser.add_argument("--seed", type=int, default=0, help="for --temperature and --quick")
     parser.add_argument(
         "--json",
@@ -63,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; 0 if both sides gave the same tokens, 3 if not."""
+    """Run the demo; 3 if the two sides gave other tokens though both store float16, else 0."""
     from pagealloc.demo.session import DemoOptions, run_comparison, run_prompt
 
     options = DemoOptions(
@@ -74,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens or (48 if args.prompt is None else 256),
         temperature=args.temperature,
         seed=args.seed,
+        kv=args.kv,
         json_path=args.json,
         png_path=args.png,
     )

@@ -13,7 +13,7 @@ A small Llama in NumPy, readable from end to end:
 `perplexity`      what storing K and V in fewer bits costs
 ================  ============================================================
 
-and what ``pagealloc demo`` makes of it: `conversations` and `english_text` (the input), `sides`,
+and what ``pagealloc demo`` makes of it: `conversations` and `english_texts` (the input), `sides`,
 `side` and `job` (a process for each side), `measure` (what it costs), `comparison`, `report`,
 `display` and `chart` (what a person sees), `tiny_model` (for ``--quick``), `session` (the whole).
 

@@ -28,6 +28,8 @@ def draw_chart(comparison: Comparison, path: Path, subtitle: str) -> None:
     figure.get_layout_engine().set(w_pad=0.2, h_pad=0.12, rect=(0, 0, 1, 0.84))
     same = comparison.tokens_identical
     outcome = "same text, less memory" if all(same) else "THE TEXTS DIFFER"
+    if comparison.is_quantised and not all(same):
+        outcome = f"same text in {sum(same)}, less memory"
     figure.text(
         0.02,
         0.945,

@@ -51,12 +51,24 @@ class Comparison:
 
     baseline: SideResult
     pagealloc: SideResult
+    kv: str = "f16"
+    """How pagealloc stored K and V: a key of `kv.quantisation.KV_KINDS`."""
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the tokens may differ, because rows were rounded."""
+        return self.kv != "f16"
 
     @property
     def tokens_identical(self) -> list[bool]:
         """Whether both sides gave the same tokens, by conversation."""
         pairs = zip(self.baseline.token_ids, self.pagealloc.token_ids, strict=True)
         return [ours == theirs for theirs, ours in pairs]
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether tokens differ that must not."""
+        return not self.is_quantised and not all(self.tokens_identical)
 
     def reduction_percent(self, figure: str) -> float:
         """Return how far a figure of `SideResult` lies below the baseline's, in percent."""
@@ -82,7 +94,7 @@ class Comparison:
 def compare_sides(job: SideJob, watcher: Watcher) -> Comparison:
     """Run the job on every side, one after the other."""
     return Comparison(
-        **{side: run_side_process(replace(job, side=side), watcher) for side in SIDES}
+        **{side: run_side_process(replace(job, side=side), watcher) for side in SIDES}, kv=job.kv
     )
 
 

@@ -20,6 +20,7 @@ class SideJob:
     """The same work for both sides."""
 
     side: str  # a key of `sides.SIDES`
+    kv: str  # a key of `kv.quantisation.KV_KINDS`: how the side with pagealloc stores K and V
     model_path: str
     n_ctx: int
     system_ids: list[int]  # the prompt that all conversations share

@@ -8,14 +8,20 @@ Letters in shape comments: L layers, T tokens, H KV heads, D head_dim, B KV bloc
 """
 
 import mmap
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from pagealloc.demo.weights import Floats, LlamaShape
 from pagealloc.kv import KVLayout, Sequence
+from pagealloc.kv.quantisation import KV_KINDS
 
-__all__ = ["KVStore", "PagedKV", "PreallocatedKV", "paged_layout"]
+__all__ = ["KVStore", "PagedKV", "PreallocatedKV", "every_row", "paged_layout"]
+
+
+def every_row(kind: str) -> dict[str, Any]:
+    """Return the arguments with which every row is stored so, the newest among them."""
+    return KV_KINDS[kind] and KV_KINDS[kind] | {"residual_tokens": 0}
 
 
 class KVStore(Protocol):
@@ -111,19 +117,9 @@ class PagedKV:
 
     def read(self, layer: int, k: Floats, v: Floats) -> None:
         """Copy all rows of one layer into two contiguous float32 arrays (T, H, D)."""
-        _copy_blocks(self._sequence.k_blocks(layer), k)
-        _copy_blocks(self._sequence.v_blocks(layer), v)
+        self._sequence.k(layer, out=k)
+        self._sequence.v(layer, out=v)
 
     def close(self) -> None:
         """Give the pages back that no other sequence shares."""
         self._sequence.close()
-
-
-def _copy_blocks(blocks: np.ndarray, rows: Floats) -> None:
-    """Copy (B, block_tokens, H, D) into (T, H, D); the last block may be partly filled."""
-    block_tokens = blocks.shape[1]
-    n_full, n_rest = divmod(len(rows), block_tokens)
-    whole = rows[: n_full * block_tokens].reshape(n_full, *blocks.shape[1:])
-    np.copyto(whole, blocks[:n_full])
-    if n_rest:
-        np.copyto(rows[-n_rest:], blocks[n_full, :n_rest])

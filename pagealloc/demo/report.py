@@ -7,9 +7,18 @@ from typing import Any
 
 from pagealloc.demo.comparison import REFERENCE_PERCENT, Comparison
 from pagealloc.demo.job import SideResult
+from pagealloc.demo.perplexity import Quality
 from pagealloc.units import format_bytes
 
-__all__ = ["COLUMNS", "Row", "footnotes", "table_rows", "verdict", "write_percent"]
+__all__ = [
+    "COLUMNS",
+    "Row",
+    "footnotes",
+    "quality_line",
+    "table_rows",
+    "verdict",
+    "write_percent",
+]
 
 MINUS = "\u2212"
 
@@ -88,13 +97,28 @@ def verdict(comparison: Comparison) -> str:
     same = comparison.tokens_identical
     if all(same):
         return f"The generated tokens are identical in all {len(same)} conversations."
+    if comparison.is_quantised:
+        return (
+            f"The generated tokens are identical in {sum(same)} of {len(same)} conversations: "
+            "rows are rounded, and where two tokens were nearly as likely the other may be chosen."
+        )
     different = [str(index + 1) for index, is_same in enumerate(same) if not is_same]
     return f"THE GENERATED TOKENS DIFFER in conversation {', '.join(different)} of {len(same)}."
 
 
-def write_percent(change: float) -> str:
+def quality_line(kv: str, quality: Quality, n_texts: int, n_tokens: int) -> str:
+    """Say in one sentence what storing rows like this costs."""
+    return (
+        f"{n_texts} texts of {n_tokens} tokens, every row stored as --kv {kv} says: perplexity "
+        f"{quality.perplexity:.4g}, {write_percent(quality.change_percent, 2)} against float16's "
+        f"{quality.float16_perplexity:.4g}; mean KL divergence {quality.mean_kl:.4f} nats; the "
+        f"likeliest next token is the same in {quality.same_top_percent:.1f} %."
+    )
+
+
+def write_percent(change: float, n_digits: int = 1) -> str:
     """Return a change in percent with its sign."""
-    return f"{change:+.1f} %".replace("-", MINUS)
+    return f"{change:+.{n_digits}f} %".replace("-", MINUS)
 
 
 def _bytes(value: float) -> str:

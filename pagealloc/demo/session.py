@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,17 +19,20 @@ from pagealloc.demo.comparison import Comparison, compare_sides
 from pagealloc.demo.conversations import QUESTIONS, SYSTEM_PROMPT
 from pagealloc.demo.display import TextStream, make_display
 from pagealloc.demo.engine import Llama
+from pagealloc.demo.english_texts import TEXT_TOKENS, TEXTS
 from pagealloc.demo.errors import DemoError
 from pagealloc.demo.generation import Sampler, generate, prefill
 from pagealloc.demo.job import SideJob
-from pagealloc.demo.kv_stores import PagedKV, paged_layout
+from pagealloc.demo.kv_stores import PagedKV, every_row, paged_layout
 from pagealloc.demo.measure import describe_machine
 from pagealloc.demo.model_file import find_model_file
-from pagealloc.demo.report import footnotes, table_rows, verdict
+from pagealloc.demo.perplexity import Quality, compare_with_float16, pool
+from pagealloc.demo.report import footnotes, quality_line, table_rows, verdict
 from pagealloc.demo.tiny_model import write_tiny_model
 from pagealloc.demo.tokenizer import Tokenizer
 from pagealloc.demo.weights import LlamaShape, open_gguf, read_shape
 from pagealloc.kv import KVCache
+from pagealloc.kv.quantisation import KV_KINDS
 from pagealloc.units import format_bytes
 
 __all__ = ["DemoOptions", "run_comparison", "run_prompt"]
@@ -40,6 +43,8 @@ QUICK_SYSTEM_CHARACTERS = 1000
 CHAT_SYSTEM_PROMPT = "You are a helpful assistant. You answer briefly and clearly."
 
 TOKENS_IDENTICAL, TOKENS_DIFFER = 0, 3
+
+SHOWN_KV = {"f16": "float16", "recommended": "q8_0/q4_0"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class DemoOptions:
     max_new_tokens: int = 48
     temperature: float = 0.0
     seed: int = 0
+    kv: str | None = None
     json_path: Path = Path("pagealloc-demo.json")
     png_path: Path = Path("pagealloc-demo.png")
 
@@ -77,7 +83,7 @@ def run_comparison(options: DemoOptions) -> int:
     Returns
     -------
     int
-        0 if both sides generated the same tokens, else 3.
+        0, or 3 if the sides generated other tokens though both store float16.
     """
     for path in (options.json_path, options.png_path):
         _refuse_unwritable(path)
@@ -98,14 +104,26 @@ def run_comparison(options: DemoOptions) -> int:
             display.show_table(table_rows(comparison))
             for line in (*footnotes(machine["transparent_huge_pages"]), "", verdict(comparison)):
                 display.say(line)
-            _write_json(options.json_path, model, machine, job, questions, comparison)
+            quality = None
+            if options.kv is not None:
+                display.say("measuring perplexity ...")
+                quality = _measure_quality(model, job.kv)
+                display.say(quality_line(job.kv, quality, len(TEXTS), TEXT_TOKENS))
+            _write_json(options.json_path, model, machine, job, questions, comparison, quality)
             display.say(f"wrote {options.json_path}")
             subtitle = (
-                f"{model.path.stem}, context {job.n_ctx:,}, float16 KV; baseline: preallocated and "
-                f"cleared; {machine['cpu']}"
+                f"{model.path.stem}, context {job.n_ctx:,}, {SHOWN_KV.get(job.kv, job.kv)} KV; "
+                f"baseline: float16, preallocated and cleared; {machine['cpu']}"
             )
             display.say(_write_chart(options.png_path, comparison, subtitle))
-    return TOKENS_IDENTICAL if all(comparison.tokens_identical) else TOKENS_DIFFER
+    return TOKENS_DIFFER if comparison.has_failed else TOKENS_IDENTICAL
+
+
+def _measure_quality(model: OpenModel, kv: str) -> Quality:
+    """Read the texts with every row stored as `kv`; return what that costs."""
+    llama, kinds = Llama.load(model.path), {kv: every_row(kv)}
+    texts = [model.tokenizer.encode(text)[:TEXT_TOKENS] for text in TEXTS.values()]
+    return pool([compare_with_float16(llama, ids, kinds)[kv] for ids in texts])
 
 
 def run_prompt(options: DemoOptions, question: str) -> int:
@@ -116,7 +134,7 @@ def run_prompt(options: DemoOptions, question: str) -> int:
         n_ctx = min(options.n_ctx, model.shape.max_tokens)
         _refuse_long_prompt(len(prompt_ids) + options.max_new_tokens, n_ctx)
         llama = Llama.load(model.path)
-        cache = KVCache(paged_layout(model.shape, n_ctx))
+        cache = KVCache(paged_layout(model.shape, n_ctx), **KV_KINDS[options.kv or "f16"])
         kv = PagedKV(cache.sequence())
         stream = TextStream(model.tokenizer)
         started = perf_counter()
@@ -165,6 +183,7 @@ def _make_job(model: OpenModel, options: DemoOptions, questions: list[str], n_ct
     _refuse_long_prompt(longest + options.max_new_tokens, n_ctx)
     return SideJob(
         side="baseline",
+        kv=options.kv or "f16",
         model_path=str(model.path),
         n_ctx=n_ctx,
         system_ids=prompts[0].system_ids,
@@ -203,6 +222,7 @@ def _write_json(
     job: SideJob,
     questions: list[str],
     comparison: Comparison,
+    quality: Quality | None,
 ) -> None:
     answers = [model.tokenizer.decode(ids).strip() for ids in comparison.pagealloc.token_ids]
     figures = comparison.to_json() | {
@@ -219,7 +239,9 @@ def _write_json(
             "max_new_tokens": job.max_new_tokens,
             "temperature": job.temperature,
             "seed": job.seed,
+            "kv": job.kv,
         },
+        "quality": None if quality is None else asdict(quality),
         "conversations": [
             {"question": question, "answer": answer, "tokens_identical": same}
             for question, answer, same in zip(

@@ -28,7 +28,7 @@ def run_side(job: SideJob, emit: Emit) -> SideResult:
     emit({"event": "phase", "phase": "creating the caches", "total_tokens": 0})
     faults_loaded, page_tables_loaded_bytes = page_faults(), page_table_bytes()
     started = perf_counter()
-    side = SIDES[job.side](model.shape, job.n_ctx, len(job.question_ids))
+    side = SIDES[job.side](model.shape, job.n_ctx, len(job.question_ids), job.kv)
     startup_s = perf_counter() - started
     faults_started = page_faults()
 

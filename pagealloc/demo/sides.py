@@ -11,6 +11,7 @@ from pagealloc.demo.kv_stores import KVStore, PagedKV, PreallocatedKV, paged_lay
 from pagealloc.demo.measure import resident_bytes
 from pagealloc.demo.weights import LlamaShape
 from pagealloc.kv import KVCache
+from pagealloc.kv.quantisation import KV_KINDS
 
 __all__ = ["SIDES", "BaselineSide", "PageallocSide", "Side"]
 
@@ -21,7 +22,7 @@ ComputePrefix = Callable[[KVStore], None]
 class Side(Protocol):
     """One way to keep the caches."""
 
-    def __init__(self, shape: LlamaShape, n_ctx: int, n_conversations: int) -> None: ...
+    def __init__(self, shape: LlamaShape, n_ctx: int, n_conversations: int, kv: str) -> None: ...
 
     def conversation(self, index: int, compute_prefix: ComputePrefix) -> KVStore:
         """Return the store of a conversation, holding the shared prompt."""
@@ -36,7 +37,13 @@ class Side(Protocol):
 class BaselineSide:
     """As inference code does it today: a preallocated cache each, every prompt computed in full."""
 
-    def __init__(self, shape: LlamaShape, n_ctx: int, n_conversations: int) -> None:
+    def __init__(
+        self,
+        shape: LlamaShape,
+        n_ctx: int,
+        n_conversations: int,
+        kv: str,  # noqa: ARG002  float16, whatever the other side has
+    ) -> None:
         self._stores = [PreallocatedKV(shape, n_ctx) for _ in range(n_conversations)]
 
     def conversation(self, index: int, compute_prefix: ComputePrefix) -> KVStore:
@@ -62,8 +69,9 @@ class PageallocSide:
         shape: LlamaShape,
         n_ctx: int,
         n_conversations: int,  # noqa: ARG002  nothing is set aside per conversation
+        kv: str,
     ) -> None:
-        self._cache = KVCache(paged_layout(shape, n_ctx))
+        self._cache = KVCache(paged_layout(shape, n_ctx), **KV_KINDS[kv])
         self._shared = PagedKV(self._cache.sequence())
         self._forks: list[PagedKV] = []
 

@@ -4,7 +4,9 @@ import argparse
 import importlib.util
 import json
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,9 @@ from pagealloc.demo.display import PlainDisplay, RichDisplay
 from pagealloc.demo.errors import DemoError, ModelNotFoundError
 from pagealloc.demo.job import SideJob, SideResult
 from pagealloc.demo.report import footnotes, table_rows, verdict
+from pagealloc.demo.side import run_side
+from pagealloc.demo.tiny_model import write_tiny_model
+from pagealloc.kv.quantisation import KV_KINDS
 
 
 def parse(*arguments):
@@ -108,6 +113,36 @@ def test_a_difference_is_an_exit_code(quick, tmp_path, monkeypatch):
     assert figures["tokens_identical"] is False
 
 
+def test_quantised_rows_may_change_tokens(quick, tmp_path, monkeypatch):
+    """No error then; and what they cost is measured."""
+    different = Comparison(RESULT, replace(CHEAPER, token_ids=[[1, 2, 3], [4, 6]]), "recommended")
+    monkeypatch.setattr(session, "compare_sides", lambda _job, _watcher: different)
+    arguments = ["--json", str(tmp_path / "demo.json"), "--png", str(tmp_path / "demo.png")]
+    arguments += ["--conversations", "2", "--kv", "recommended"]
+    assert cli.run(parse("--quick", *arguments)) == 0
+    figures = json.loads((tmp_path / "demo.json").read_text())
+    assert figures["tokens_identical"] is False
+    assert figures["settings"]["kv"] == "recommended"
+    assert figures["quality"]["mean_kl"] > 0
+    assert "identical in 1 of 2 conversations: rows are rounded" in verdict(different)
+
+
+def test_a_side_that_quantises_holds_less(quick):
+    """The bytes, and the tokens that every kind gives."""
+    _, figures, _, _ = quick
+    assert figures["quality"] is None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiny.gguf"
+        write_tiny_model(path)
+        prompt = [*range(250), *range(230)]
+        held = {}
+        for kind in KV_KINDS:
+            job = SideJob("pagealloc", kind, str(path), 512, prompt, [[1], [2]], [], 8, 0.0, 0)
+            held[kind] = run_side(job, lambda _event: None).kv_bytes
+    assert held["q4_0"] < held["recommended"] < held["q8_0"]
+    assert held["q8_0"] < held["f16"]
+
+
 def test_verdict_names_the_conversation_that_differs():
     assert "2 of 2" in verdict(Comparison(RESULT, replace(RESULT, token_ids=[[1, 2, 3], [9]])))
     assert "identical in all 2" in verdict(Comparison(RESULT, CHEAPER))
@@ -166,7 +201,7 @@ def test_a_machine_without_the_memory_is_told_before_anything_runs():
 
 
 def test_a_failing_side_shows_its_own_words():
-    job = SideJob("baseline", "/nowhere.gguf", 64, [1], [[2]], [0], 4, 0.0, 0)
+    job = SideJob("baseline", "f16", "/nowhere.gguf", 64, [1], [[2]], [0], 4, 0.0, 0)
 
     class Silent:
         def __getattr__(self, name):
