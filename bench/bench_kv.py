@@ -10,24 +10,21 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from bench import bench_fork
+from bench.compiled import compiled
 from bench.installed import ROOT, environment
 from bench.report import machine
 from bench.rows import Row, RowsReport, guarded, limit_row, median_ratio
 from pagealloc.kv import KVCache, KVLayout
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
-__all__ = ["run"]
+__all__ = ["PREALLOCATED", "in_process", "run", "share_row"]
 
 TITLE = "The KV cache, measured"
 MIB = 1 << 20
@@ -68,7 +65,7 @@ def trace_rows() -> list[Row]:
         base = in_process(PREALLOCATED, shape)
         base_mib = base["held_bytes"] / MIB
         for order in ("block", "interleaved", "split"):
-            found = in_process("ours", shape, order, {"backing": "base"})
+            found = in_process("ours", shape, order, {"cache": {"backing": "base"}})
             held_mib, needed = found["held_bytes"] / MIB, found["needed_bytes"]
             rows.append(
                 share_row("memory", f"{shape}, {order}: held", 0.17, held_mib, base_mib, "MiB")
@@ -110,34 +107,9 @@ def steady_rows() -> list[Row]:
 # --- speed ----------------------------------------------------------------------------------------
 
 
-def compiled_loops() -> ModuleType:
-    """Compile ``kv_loops.pyx`` against the installed package, and import it."""
-    try:
-        from Cython.Build import cythonize
-        from setuptools import Distribution, Extension
-    except ModuleNotFoundError as missing:
-        raise RuntimeError(f"needs the package {missing.name}: pip install cython") from missing
-    folder = Path(tempfile.mkdtemp(prefix="pagealloc-bench-"))
-    source = folder / "kv_loops.pyx"
-    source.write_text((ROOT / "bench/kv_loops.pyx").read_text())
-    extension = Extension("kv_loops", [str(source)], extra_compile_args=["-O3"])
-    modules = cythonize([extension], build_dir=str(folder), include_path=sys.path, quiet=True)
-    distribution = Distribution({"ext_modules": modules})
-    command = distribution.get_command_obj("build_ext")
-    command.build_lib, command.build_temp = str(folder), str(folder)
-    command.ensure_finalized()
-    command.run()
-    sys.path.insert(0, str(folder))
-    try:
-        import kv_loops
-    finally:
-        sys.path.remove(str(folder))
-    return kv_loops
-
-
 def append_rows(rounds: int) -> list[Row]:
     """Return the lines of append_token into committed pages against memcpy alone."""
-    loops, rows = compiled_loops(), []
+    loops, rows = compiled("kv_loops"), []
     for shape, sizes in (("smollm2", (30, 3, 64)), ("llama", (4, 8, 128))):
         for order in ("block", "interleaved", "split"):
             layout = KVLayout(*sizes, 8192, order=order)  # type: ignore[arg-type]
@@ -193,7 +165,7 @@ def look_rows(rounds: int) -> list[Row]:
             for _ in range(n_loops):
                 object()
             plain.append((time.perf_counter_ns() - start_ns) / n_loops)
-        loops, n_checks = compiled_loops(), 2_000_000
+        loops, n_checks = compiled("kv_loops"), 2_000_000
         checks = []
         for order in ("interleaved", "block"):
             table = KVCache(KVLayout(30, 3, 64, 8192, order=order))._table  # type: ignore[arg-type]  # noqa: SLF001

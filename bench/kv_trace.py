@@ -82,11 +82,11 @@ class Rows:
 
 def ours(shape: str, order: str, options: dict[str, Any]) -> dict[str, Any]:
     """Hold the trace's conversations in a cache."""
-    backing = options.pop("backing", "auto")
+    cache_options = options.pop("cache", {})
     layout = layout_of(shape, order, **options)
     rows = Rows(layout)
     meter, start_ns = Meter(), time.perf_counter_ns()
-    cache = KVCache(layout, backing=backing)
+    cache = KVCache(layout, **cache_options)
     prompts = [cache.sequence() for _ in range(N_PROMPTS)]
     for prompt in prompts:
         rows.append(prompt, PROMPT_TOKENS)
