@@ -19,7 +19,7 @@ os.environ["PYTHONSAFEPATH"] = "1"
 settings.register_profile("pagealloc", deadline=None, print_blob=True)
 settings.load_profile("pagealloc")
 
-QUICK_S = 1.0  # of each test that takes duration_s, in the quick suite
+QUICK_S = 0.5  # of each test that takes duration_s, in the quick suite
 
 
 def pytest_addoption(parser):
