@@ -85,16 +85,17 @@ def quantisation_of(
         if types != (None, None):
             raise ValueError("quantize='recommended' says k_type and v_type: leave them out")
         types = RECOMMENDED
-    if types == (None, None):
-        for name, value in (("rotate", rotate), ("residual_tokens", residual_tokens)):
-            if value is not None:
-                raise ValueError(f"{name}={value!r} is about quantised rows: give k_type or v_type")
-        return None
     stored = [
         _stored_type(f"{letter}_type", asked, str(given))
         for letter, asked, given in zip("kv", types, (layout.k_dtype, layout.v_dtype), strict=True)
     ]
     if not any(FORMATS[name].is_packed for name in stored):
+        for name, value in (("rotate", rotate), ("residual_tokens", residual_tokens)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r} is about quantised rows: give k_type or v_type of 8 or 4 "
+                    "bits"
+                )
         return None
     residual_tokens = _residual(residual_tokens, layout.max_tokens)
     cold_layout = replace(layout, dtype=stored[0], k_dtype=stored[0], v_dtype=stored[1])

@@ -91,6 +91,8 @@ class SequenceViews(SequenceRows):
     def error_stats(self) -> ErrorStats:
         """Return what quantising cost the rows of each layer, from one row in 64; see `ErrorStats`.
 
+        Of the rows that this sequence packed itself: a fork's are the parent's.
+
         Raises
         ------
         ValueError

@@ -351,6 +351,7 @@ class TestArguments:
             ({"v_type": "float32"}, "v_type='float32': 'float16', "),
             ({"residual_tokens": 4}, "give k_type or v_type"),
             ({"rotate": "v"}, "give k_type or v_type"),
+            ({"v_type": "float16", "rotate": "v"}, "rotate='v' is about quantised rows"),
             ({"v_type": "q4_0", "rotate": "k"}, "K rows are float16, not quantised"),
             ({"v_type": "q4_0", "rotate": "both"}, "'', 'k', 'v' and 'kv' are possible"),
             ({"v_type": "q4_0", "residual_tokens": -1}, "must not be negative"),
