@@ -272,10 +272,10 @@ def quantize(rows, kind: str, *, rotate: bool = False) -> np.ndarray:
         float32, float16 or bfloat16 (of ml_dtypes).  A block that holds NaN or an infinity reads
         back as NaN throughout.
     kind : {"q8_0", "q4_0", "int4"}
-        8 bits a value; 4 bits; or 4 bits with the plain symmetric scale max |x| / 7, whose step is
-        one seventh wider.  "int4" for K is a bad choice: SmolLM2's perplexity rises by 16 %, by
-        2.6 % if K is rotated, and with "q8_0" by 0.03 % (docs/quant.md).  Nothing uses it by
-        default.
+        8 bits a value; 4 bits; or 4 bits with the plain symmetric scale ``max |x| / 7``, whose
+        step is one seventh wider.  "int4" for K is a bad choice: SmolLM2's perplexity rises by
+        16 %, by 2.6 % if K is rotated, and with "q8_0" by 0.03 % (docs/quant.md).  Nothing uses it
+        by default.
     rotate : bool
         Multiply each head by a Hadamard matrix first; block by block where its length is no power
         of two.
