@@ -29,7 +29,7 @@ def draw_chart(comparison: Comparison, path: Path, subtitle: str) -> None:
     same = comparison.tokens_identical
     outcome = "same text, less memory" if all(same) else "THE TEXTS DIFFER"
     if comparison.is_quantised and not all(same):
-        outcome = f"same text in {sum(same)}, less memory"
+        outcome = f"same text in {sum(same)} of {len(same)}, less memory"
     figure.text(
         0.02,
         0.945,
