@@ -36,7 +36,7 @@ import importlib
 
 import numpy
 
-from pagealloc.kv.row_formats import FORMATS
+from pagealloc.kv.row_formats import FORMATS as _FORMATS
 from pagealloc.options import OPTIONS as _OPTIONS
 from pagealloc.options import option_value
 
@@ -95,7 +95,7 @@ loops = <const loops_t *>PyCapsule_GetPointer(
 # Rows
 
 cdef int fill_plain(plain_t *plain, str name) except -1:
-    plain.value_bytes = FORMATS[name].block_bytes
+    plain.value_bytes = _FORMATS[name].block_bytes
     plain.load, plain.store = NULL, NULL
     if name == "float16":
         plain.load, plain.store = loops.load_half, loops.store_half
@@ -117,7 +117,7 @@ cdef int fill_codec(
     elif stored == "int4":
         codec.pack, codec.unpack = loops.pack_int4, loops.unpack_q4_0
     codec.n_values = n_values
-    codec.block_bytes = FORMATS[stored].block_bytes
+    codec.block_bytes = _FORMATS[stored].block_bytes
     codec.group = group
     codec.norm = <float>(1 / sqrt(<double>group))
     return 0
@@ -249,8 +249,8 @@ cdef void measure_row(
 # Arrays
 
 cdef str packed_type(object kind):
-    if kind not in FORMATS or not FORMATS[kind].is_packed:
-        possible = ", ".join([repr(name) for name, each in FORMATS.items() if each.is_packed])
+    if kind not in _FORMATS or not _FORMATS[kind].is_packed:
+        possible = ", ".join([repr(name) for name, each in _FORMATS.items() if each.is_packed])
         raise ValueError(f"kind={kind!r}: {possible} are possible")
     return kind
 
@@ -258,7 +258,7 @@ cdef str packed_type(object kind):
 cdef str plain_type(object dtype, str name):
     """The type of float32, float16 or bfloat16 (of ml_dtypes) values."""
     found = numpy.dtype(dtype).name
-    if found not in FORMATS or FORMATS[found].is_packed:
+    if found not in _FORMATS or _FORMATS[found].is_packed:
         raise TypeError(f"{name}={dtype!r}: float32, float16 and bfloat16 are possible")
     return found
 
@@ -310,7 +310,7 @@ def quantize(rows, kind: str, *, rotate: bool = False) -> np.ndarray:
     n_values, head_dim = check_row(array.shape[-2:])
     fill_codec(&codec, given, kind, n_values, rotation_group(head_dim) if rotate else 1)
     source = numpy.ascontiguousarray(array).view(f"u{array.itemsize}")
-    row_bytes = FORMATS[kind].row_bytes(n_values)
+    row_bytes = _FORMATS[kind].row_bytes(n_values)
     packed = numpy.empty((*array.shape[:-2], row_bytes), numpy.uint8)
     n_rows = packed.size // row_bytes
     cdef const char *values = <const char *>np.PyArray_DATA(source)
@@ -359,7 +359,7 @@ def dequantize(
     name = plain_type(dtype, "dtype")
     n_values, head_dim = check_row(shape)
     array = numpy.ascontiguousarray(packed)
-    row_bytes = FORMATS[kind].row_bytes(n_values)
+    row_bytes = _FORMATS[kind].row_bytes(n_values)
     if array.dtype != numpy.uint8:
         raise TypeError(f"packed must be an array of uint8, not {array.dtype}")
     if array.ndim < 1 or array.shape[-1] != row_bytes:

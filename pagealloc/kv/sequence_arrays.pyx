@@ -30,7 +30,7 @@ from pagealloc.kv.window_rows cimport WindowRows
 
 from pagealloc.errors import ClosedError, ForkedError, PageBoundaryError
 from pagealloc.kv import boundary, conversions
-from pagealloc.kv.row_formats import FORMATS
+from pagealloc.kv.row_formats import FORMATS as _FORMATS
 
 np.import_array()
 
@@ -255,7 +255,7 @@ cdef class SequenceArrays(WindowRows):
             else:
                 array = new_rows(
                     last - first, n_heads, head_dim, n_heads * head_dim * wanted.value_bytes,
-                    FORMATS[name].dtype.num,
+                    _FORMATS[name].dtype.num,
                 )
             if self.fill(at, kv, first, last, n_tokens, <char *>np.PyArray_DATA(array), &wanted):
                 if self.n_cuts == n_cuts:
