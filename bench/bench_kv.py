@@ -13,7 +13,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,7 +24,12 @@ from bench.report import machine
 from bench.rows import Row, RowsReport, guarded, limit_row, median_ratio
 from pagealloc.kv import KVCache, KVLayout
 
-__all__ = ["PREALLOCATED", "in_process", "run", "share_row"]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from pagealloc.kv import Sequence
+
+__all__ = ["PREALLOCATED", "append_ns", "in_process", "run", "share_row"]
 
 TITLE = "The KV cache, measured"
 MIB = 1 << 20
@@ -107,6 +112,15 @@ def steady_rows() -> list[Row]:
 # --- speed ----------------------------------------------------------------------------------------
 
 
+def append_ns(seq: Sequence, tokens: list[npt.NDArray[np.float16]]) -> float:
+    """Append tokens one by one; return nanoseconds of each."""
+    append = seq.append_token
+    start_ns = time.perf_counter_ns()
+    for token in tokens:
+        append(token)
+    return (time.perf_counter_ns() - start_ns) / len(tokens)
+
+
 def append_rows(rounds: int) -> list[Row]:
     """Return the lines of append_token into committed pages against memcpy alone."""
     loops, rows = compiled("kv_loops"), []
@@ -121,11 +135,7 @@ def append_rows(rounds: int) -> list[Row]:
             with KVCache(layout, purge_after_s=float("inf")) as cache:
                 for _ in range(rounds + 2):  # the first rounds commit the pages
                     seq = cache.sequence()
-                    append = seq.append_token
-                    start_ns = time.perf_counter_ns()
-                    for token in each:
-                        append(token)
-                    ours.append((time.perf_counter_ns() - start_ns) / N_TOKENS)
+                    ours.append(append_ns(seq, each))
                     address = seq._window.address  # noqa: SLF001  the same addresses
                     plain.append(loops.copy_tokens(cache._table, address, flat) / N_TOKENS)  # noqa: SLF001
                     seq.close()

@@ -8,13 +8,12 @@ median of the ratios of the same round.
 from __future__ import annotations
 
 import statistics
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.bench_kv import PREALLOCATED, in_process, share_row
+from bench.bench_kv import PREALLOCATED, append_ns, in_process, share_row
 from bench.compiled import compiled
 from bench.ggml import BLOCK_BYTES, Ggml
 from bench.report import machine
@@ -204,7 +203,7 @@ def quality_rows(notes: list[str]) -> list[Row]:
 
 def row_function_rows(rounds: int) -> list[Row]:
     """Return the lines of our row functions against ggml's own, one thread, float32."""
-    ggml, loops, rows = Ggml(), compiled("quant_loops"), []
+    ggml, loops, rows = Ggml(), compiled("kv_loops"), []
     n_values = ROW_HEADS * ROW_HEAD_DIM
     values = np.random.default_rng(0).normal(size=(N_ROWS, n_values)).astype(np.float32)
     n_blocks = N_LOOPS * N_ROWS * n_values / BLOCK_VALUES
@@ -235,11 +234,7 @@ def append_rows(rounds: int) -> list[Row]:
         with KVCache(layout, quantize="recommended", purge_after_s=float("inf")) as cache:
             for _ in range(rounds + 2):  # the first rounds commit the pages
                 seq = cache.sequence()
-                append = seq.append_token
-                start_ns = time.perf_counter_ns()
-                for token in tokens:
-                    append(token)
-                ours_us.append((time.perf_counter_ns() - start_ns) / 1000 / N_TOKENS)
+                ours_us.append(append_ns(seq, tokens) / 1000)
                 seq.close()
         work = f"smollm2, {order}, recommended: append_token, 30 layers"
         rows.append(limit_row("speed", work, 30, statistics.median(ours_us[2:]), "us"))

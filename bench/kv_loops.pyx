@@ -1,9 +1,10 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, language_level=3
-"""Loops that the KV benchmark compares with, and those it times; compiled when it runs."""
+"""Loops that the KV benchmarks compare with, and those it times; compiled when it runs."""
 
 from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memcpy
 
+from pagealloc.kv.quant cimport codec_t, fill_codec, fill_plain, pack_row, plain_t, unpack_row
 from pagealloc.kv.row_table cimport RowTable, access_t, check_access, row_place, table_t
 
 cdef extern from "<time.h>" nogil:
@@ -12,6 +13,8 @@ cdef extern from "<time.h>" nogil:
         long tv_nsec
     int CLOCK_MONOTONIC
     int clock_gettime(int clock, timespec *time)
+
+ctypedef void (*row_function_t)(const void *source, void *target, int64_t n_values) noexcept nogil
 
 
 cdef int64_t now_ns() noexcept nogil:
@@ -79,3 +82,43 @@ def count_tokens(RowTable table, int64_t n_tokens, int64_t n_checks):
             total += token ^ (layer << 20) ^ (i & 1)
         start_ns = now_ns() - start_ns
     return start_ns, total
+
+
+def time_ours(
+    str given, str stored, bint packs, int64_t group, int64_t n_values,
+    const unsigned char[:, ::1] source, unsigned char[:, ::1] target, int64_t n_loops,
+):
+    """Pack, or unpack, each row of an array with our row functions; return nanoseconds."""
+    cdef codec_t codec
+    cdef plain_t wanted
+    cdef int64_t i, row, n_rows = source.shape[0], start_ns
+    fill_codec(&codec, given, stored, n_values, group)
+    fill_plain(&wanted, given)
+    with nogil:
+        start_ns = now_ns()
+        for i in range(n_loops):
+            for row in range(n_rows):
+                if packs:
+                    pack_row(&codec, <const char *>&source[row, 0], <char *>&target[row, 0])
+                else:
+                    unpack_row(
+                        &codec, <const char *>&source[row, 0], <char *>&target[row, 0], &wanted
+                    )
+        start_ns = now_ns() - start_ns
+    return start_ns
+
+
+def time_theirs(
+    uintptr_t function, int64_t n_values, const unsigned char[:, ::1] source,
+    unsigned char[:, ::1] target, int64_t n_loops,
+):
+    """Call one of ggml's row functions for each row of an array; return nanoseconds."""
+    cdef row_function_t call = <row_function_t>function
+    cdef int64_t i, row, n_rows = source.shape[0], start_ns
+    with nogil:
+        start_ns = now_ns()
+        for i in range(n_loops):
+            for row in range(n_rows):
+                call(&source[row, 0], &target[row, 0], n_values)
+        start_ns = now_ns() - start_ns
+    return start_ns

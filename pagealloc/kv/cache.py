@@ -68,8 +68,8 @@ class KVCache(SequencesById):
     layout : KVLayout
         Shape, type and order of the rows; the same for all its sequences.
     quantize : {"recommended"}, optional
-        ``k_type="q8_0", v_type="q4_0", rotate="v"``: 59 % fewer bytes than float16, and the same
-        text but for what other roundings change as well.
+        ``k_type="q8_0", v_type="q4_0", rotate="v"``: 59 % fewer bytes than float16, and
+        half a percent more perplexity, measured with SmolLM2 (docs/quant.md).
     k_type, v_type : {"q8_0", "q4_0", "int4"}, optional
         As what K and V rows are stored, see `pagealloc.kv.quant`; as they come by default.  4 bits
         are too few for K: "q4_0" costs 3 % of perplexity if it is rotated and 12 % if not, "int4"

@@ -30,7 +30,7 @@ KV_KINDS: dict[str, dict[str, Any]] = {
 """What ``--kv`` of the command line offers: arguments of `KVCache`."""
 
 RECOMMENDED: tuple[KVType, KVType] = ("q8_0", "q4_0")
-"""Types of K and V that keep the text: keys bear 8 bits, values 4 if they are rotated."""
+"""Types of K and V that cost little: 8 bits for keys, 4 for values, which are rotated."""
 RESIDUAL_TOKENS = 128
 
 
