@@ -40,14 +40,15 @@ ctypedef struct view_t:     # a live view; part of the object that exports it
 
 ctypedef struct window_t:
     store_t *store
-    char *address               # NULL: closed, or lost in a fork
+    char *address               # NULL: closed, never mapped, or lost in a fork
     int64_t n_pages
     interval_map_t sources      # page -> file page behind it, less page; committed pages only
-    extent_t *own               # mapped wherever nothing is committed; first of the chain
+    extent_t *own               # mapped wherever nothing is committed; first of the chain; or NULL
     int64_t n_committed_pages   # pages in sources
     int64_t n_mappings
     view_t *views
     int64_t n_views
+    bint is_unmapped            # it has no addresses, and no extent of its own
     bint is_closed
     bint is_abandoned           # nobody refers to it, yet the kernel refused to unmap it
     window_t *previous          # in store.windows

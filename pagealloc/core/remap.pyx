@@ -22,6 +22,7 @@ from pagealloc.core.window_pages cimport (
     WINDOW_CLOSED,
     WINDOW_HOLE,
     WINDOW_TAKEN,
+    WINDOW_UNMAPPED,
     WINDOW_VIEWED,
     piece_t,
     window_enter,
@@ -39,12 +40,19 @@ cdef inline place_t place_of(const piece_t *piece, int64_t at) noexcept nogil:
     return place_t(piece.extent, piece.extent_page + at)
 
 
+cdef int enter_mapped(window_t *window) noexcept nogil:
+    """As window_enter, for what takes a window with addresses."""
+    if window.is_unmapped:
+        return WINDOW_UNMAPPED
+    return window_enter(window)
+
+
 cdef int window_commit(window_t *window, int64_t first_page, int64_t n_pages) noexcept nogil:
     """Commit the pages of the range that are not."""
     cdef plan_t plan = [window, NULL, 0, 0, 0]
     cdef int64_t page = first_page
     cdef interval_t gap
-    cdef int code = window_enter(window)
+    cdef int code = enter_mapped(window)
     if code:
         return code
     while code == 0 and imap_next_gap(&window.sources, &page, first_page + n_pages, &gap):
@@ -76,7 +84,10 @@ cdef int window_release(window_t *window, int64_t first_page, int64_t n_pages) n
 cdef int window_share(
     window_t *window, window_t *other, int64_t first_page, int64_t n_pages
 ) noexcept nogil:
-    """Map the other's committed pages of the range here, or copy them if mappings run short."""
+    """Map the other's committed pages of the range here, or copy them if mappings run short.
+
+    What has no addresses costs no mappings, and cannot be copied from.
+    """
     cdef plan_t plan = [window, NULL, 0, 0, 0]
     cdef int64_t page = first_page, end_page = first_page + n_pages
     cdef int64_t n_runs
@@ -96,7 +107,9 @@ cdef int window_share(
     ):
         code = WINDOW_VIEWED
     n_runs = imap_find(&other.sources, end_page) - imap_find(&other.sources, first_page) + 1
-    may_map = store_may_map(window.store, 2 * n_runs)
+    may_map = (
+        window.is_unmapped or other.is_unmapped or store_may_map(window.store, 2 * n_runs)
+    )
     page = first_page
     while code == 0 and window_next_piece(other, &page, end_page, &piece):
         if may_map:
@@ -120,7 +133,7 @@ cdef int window_make_private(
     cdef int64_t page = first_page, shared_page, at
     cdef piece_t piece
     cdef interval_t shared
-    cdef int code = window_enter(window)
+    cdef int code = enter_mapped(window)
     if code:
         return code
     while code == 0 and window_next_piece(window, &page, first_page + n_pages, &piece):
@@ -197,7 +210,7 @@ cdef int window_shift(window_t *window, const shift_t *shifts, int64_t n_shifts)
     cdef plan_t plan = [window, NULL, 0, 0, 0]
     cdef const shift_t *shift
     cdef int64_t i, n_pages
-    cdef int code = window_enter(window)
+    cdef int code = enter_mapped(window)
     if code:
         return code
     for i in range(n_shifts):

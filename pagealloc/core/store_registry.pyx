@@ -55,7 +55,7 @@ cdef void after_fork_in_child() noexcept nogil:
         window = store.windows
         while window != NULL:
             nbytes = <size_t>window.n_pages * store.page_bytes
-            if os_protect_read_only(window.address, nbytes) != 0:
+            if not window.is_unmapped and os_protect_read_only(window.address, nbytes) != 0:
                 os_release(window.address, nbytes)
                 window.address = NULL
             window = window.next

@@ -47,6 +47,7 @@ from pagealloc.core.window_pages cimport (
     WINDOW_HOLE,
     WINDOW_SHARED,
     WINDOW_TAKEN,
+    WINDOW_UNMAPPED,
     WINDOW_VIEWED,
     page_use_t,
     window_abandon,
@@ -90,6 +91,9 @@ cdef class Window:
         Where its pages come from.  Windows of one store can share pages.
     nbytes : int or str
         Length; rounded up to whole huge pages (2 MiB).  Costs address space only.
+    is_mapped : bool
+        Whether it has addresses.  One that has none costs neither address space nor a mapping: it
+        keeps pages that `share_from` gave it, for others to share from it, until it releases them.
 
     Raises
     ------
@@ -116,13 +120,16 @@ cdef class Window:
     ends the child with SIGSEGV, for it would write into its parent.
     """
 
-    def __cinit__(self, ExtentStore store not None, nbytes: int | str):
+    def __cinit__(self, ExtentStore store not None, nbytes: int | str, *, is_mapped: bool = True):
         cdef int64_t length_bytes = parse_bytes(nbytes)
         cdef window_t *pages = NULL
+        cdef bint wants_addresses = is_mapped
         cdef int code
         length_bytes = (length_bytes + huge_page_bytes - 1) // huge_page_bytes * huge_page_bytes
         with nogil:
-            code = window_open(store.books, length_bytes // store.books.page_bytes, &pages)
+            code = window_open(
+                store.books, length_bytes // store.books.page_bytes, wants_addresses, &pages
+            )
         store.require(code, "reserving a window", length_bytes)
         self.store = store
         self.pages = pages
@@ -404,6 +411,8 @@ cdef class Window:
         cdef int64_t nbytes
         if self.pages.is_closed:
             self.require(WINDOW_CLOSED, "huge_bytes", 0, 0)
+        if self.pages.is_unmapped:
+            return 0
         nbytes = os_huge_bytes(self.pages.address, <size_t>self.n_bytes())
         if nbytes < 0:
             raise OSError("the kernel does not say what huge pages map (it takes Linux 6.7)")
@@ -454,7 +463,8 @@ cdef class Window:
 
     @property
     def address(self) -> int:
-        """Where it starts in memory, on a huge page; the same until `close`, then 0."""
+        """Where it starts in memory, on a huge page; the same until `close`, then 0.  Or always 0.
+        """
         return <uintptr_t>self.pages.address
 
     @property
@@ -498,8 +508,9 @@ cdef class Window:
     def __repr__(self) -> str:
         if self.pages.is_closed:
             return f"<Window of {format_bytes(self.nbytes)}: closed>"
+        where = "without addresses" if self.pages.is_unmapped else f"at {self.address:#x}"
         return (
-            f"<Window of {format_bytes(self.nbytes)} at {self.address:#x}: "
+            f"<Window of {format_bytes(self.nbytes)} {where}: "
             f"{format_bytes(self.committed_bytes)} committed, {self.n_mappings} mappings, "
             f"{self.n_views} views>"
         )
@@ -585,6 +596,10 @@ cdef class Window:
             raise ValueError(f"{what}: pages of this range are committed here; release them first")
         if code == WINDOW_SHARED:
             raise BufferError(f"{what}: other windows map these pages; call make_private first")
+        if code == WINDOW_UNMAPPED:
+            raise ValueError(
+                f"{what}: this window has no addresses; share its pages with one that has"
+            )
         if code == WINDOW_VIEWED:
             raise BufferError(f"{what}: live views forbid it; let go of the arrays made from them")
         return self.store.require(code, what, 0)

@@ -14,6 +14,7 @@ cdef enum:
     WINDOW_TAKEN = -13      # a page that must be uncommitted is committed
     WINDOW_SHARED = -14     # a page that must be private is shared
     WINDOW_VIEWED = -15     # a live view forbids it
+    WINDOW_UNMAPPED = -16   # it has no addresses
 
 ctypedef struct page_use_t:     # one entry of window_uses
     int64_t first_page
@@ -33,7 +34,9 @@ cdef bint window_next_piece(
 ) noexcept nogil
 
 # These take the mutex.
-cdef int window_open(store_t *store, int64_t n_pages, window_t **window) noexcept nogil
+cdef int window_open(
+    store_t *store, int64_t n_pages, bint is_mapped, window_t **window
+) noexcept nogil
 cdef void window_abandon(window_t *window) noexcept nogil
 
 # This one returns with the mutex held, unless it returns a code.

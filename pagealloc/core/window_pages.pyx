@@ -15,6 +15,8 @@ Structure
     a run of equal values is what the kernel maps as one range.  A *piece* is such a run as far as
     it lies in one extent.  The own extent is the first of a chain: when it has no room for a copy
     the next one takes it.
+
+    A window without addresses only refers to pages of others, and thereby keeps them.
 Invariants
     sources knows a page iff the page is committed here
     refs(extent, page) = windows whose sources name that extent for that page
@@ -22,6 +24,7 @@ Invariants
     a page is private, and may be written, iff its refs = 1
     n_committed_pages = pages that sources knows
     n_mappings = ranges of neighbouring pages that are mapped to neighbours in the file
+    is_unmapped: address and own are NULL from its birth, n_mappings = 0
 Locking
     The store's mutex.  window_open and window_abandon take it; window_enter
     returns with it held; the rest wants it held.
@@ -74,7 +77,9 @@ from pagealloc.core.os_memory cimport (
 # ---------------------------------------------------------------------------------------------
 # Opening and closing
 
-cdef int window_open(store_t *store, int64_t n_pages, window_t **opened) noexcept nogil:
+cdef int window_open(
+    store_t *store, int64_t n_pages, bint is_mapped, window_t **opened
+) noexcept nogil:
     """A window of `n_pages`, nothing of it committed."""
     cdef size_t nbytes = <size_t>(n_pages * store.page_bytes)
     cdef window_t *window
@@ -87,7 +92,9 @@ cdef int window_open(store_t *store, int64_t n_pages, window_t **opened) noexcep
     else:
         window.store = store
         window.n_pages = n_pages
-        code = map_own_extent(window, nbytes)
+        window.is_unmapped = not is_mapped
+        if is_mapped:
+            code = map_own_extent(window, nbytes)
         if code == 0:
             store_add_window(store, window)
             window_count_mappings(window)
@@ -294,7 +301,7 @@ cdef int window_add_view(
     cdef int64_t page = first_page
     cdef interval_t gap
     if window.address == NULL:
-        return WINDOW_CLOSED
+        return WINDOW_UNMAPPED if window.is_unmapped else WINDOW_CLOSED
     if not view.may_have_holes and imap_next_gap(
         &window.sources, &page, first_page + n_pages, &gap
     ):

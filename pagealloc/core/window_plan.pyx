@@ -268,6 +268,8 @@ cdef int map_over(window_t *window, const move_t *move, place_t place) noexcept 
 
 
 cdef inline bint needs_mapping(const window_t *window, const move_t *move) noexcept nogil:
+    if window.is_unmapped:
+        return False
     return file_page_of(window, move, move.source) != file_page_of(window, move, move.target)
 
 

@@ -25,6 +25,8 @@ cold, recent
     which lie as they came in a ring.
 position
     Where a token stands in its conversation; `Sequence.rm` and its siblings go by it.
+published
+    Of rows: kept for sequences whose prompts begin alike (`Sequence.publish`, the prefix index).
 warm
     A window of a closed sequence, whose pages stay committed for the next one for a while.
 
@@ -38,13 +40,17 @@ read), token_positions, window_rows (rows of a window), cold_rows (packed ones),
 tokens are whose), stats, error_stats, views and sequence_views (arrays as stored), row_moves (rows
 moved or mapped elsewhere), row_pages (pages kept in step with lengths), ring_pages,
 quantised_pages (those of both windows), warm_windows, pressure (what is given up at the limit),
-seq_ops (by position), sequence, sequences_by_id, batches, cache.
+seq_ops (by position), prefix_hash (names of prefixes), prefix_stats, prefix_nodes, held_blocks
+(their pages), eviction (what goes first), prefix_index, sequence_prefix, sequence, sequences_by_id,
+batches, cache.
 """
 
 from pagealloc.kv import quant
 from pagealloc.kv.cache import KVCache
 from pagealloc.kv.error_stats import ErrorStats
 from pagealloc.kv.layout import KVLayout
+from pagealloc.kv.prefix_index import PrefixIndex
+from pagealloc.kv.prefix_stats import PrefixEvent, PrefixStats
 from pagealloc.kv.rope import Rope
 from pagealloc.kv.row_table import is_page_safe
 from pagealloc.kv.sequence import Sequence
@@ -55,6 +61,9 @@ __all__ = [
     "KVCache",
     "KVLayout",
     "KVStats",
+    "PrefixEvent",
+    "PrefixIndex",
+    "PrefixStats",
     "Rope",
     "Sequence",
     "is_page_safe",

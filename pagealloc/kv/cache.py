@@ -8,11 +8,12 @@ Structure
         KVCache ---- ExtentStore (one memfd, the budget)
            |  weakly       |
            +-- Sequence -- Window   one each, two if quantised; forks share pages of the store
+           +-- PrefixIndex          keeps pages of published rows
 Invariants
     n_sequences counts open sequences; a sequence nobody refers to gives its pages back by itself.
     needed_bytes <= file_bytes, for every distinct row lies in the file at least once.
 Locking
-    None of its own: the store serialises.
+    None of its own: the store serialises, and the index.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from pagealloc.kv.batches import append_batch, gather
 from pagealloc.kv.cold_rows import ColdRows
 from pagealloc.kv.layout import KVLayout
 from pagealloc.kv.lineage import count_distinct_tokens
+from pagealloc.kv.prefix_hash import describe_rows, hash_key
+from pagealloc.kv.prefix_index import PrefixIndex
 from pagealloc.kv.pressure import Pressure
 from pagealloc.kv.quantisation import quantisation_of
 from pagealloc.kv.row_codecs import RowCodecs
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from pagealloc.kv.eviction import Policy
+    from pagealloc.kv.prefix_stats import PrefixEvent
     from pagealloc.kv.row_formats import KVType
     from pagealloc.kv.sequence import Sequence
 
@@ -94,6 +99,15 @@ class KVCache(SequencesById):
         sequence, before they go back to the kernel by themselves; 0: they go at once.
     high_watermark : float
         Share of the budget above which `on_pressure` is called.
+    model : str or bytes, optional
+        Names the model, such as its file's checksum: published rows are of one model only.
+    prefix_eviction : {"lru", "lfu", "bytes"}
+        Which published KV blocks go first when memory is short: those used longest ago; those used
+        least often; or those of the largest branch times the time since it was used.  The ends of
+        prompts go before their beginnings.
+    on_prefix_event : callable, optional
+        Called with a `PrefixEvent` when blocks were published, found or evicted, by whoever
+        did that.  What it raises comes out of that call.
     on_pressure : callable, optional
         Called with the cache by whoever made it grow past the watermark, once until it has shrunk
         again; and when a request is refused though warm windows and evictable sequences have gone.
@@ -101,9 +115,12 @@ class KVCache(SequencesById):
 
     Notes
     -----
-    The budget is hard.  At the limit a request closes warm windows, then evictable sequences, the
-    longest unused first, then asks `on_pressure`, and then raises `OutOfMemoryError`; the sequence
-    it is for stays whole.  Windows of closed sequences pass between sequences of this cache only.
+    The budget is hard.  At the limit a request closes warm windows, then evicts published blocks
+    that no open sequence has, then evictable sequences, the longest unused first, then asks
+    `on_pressure`, and then raises `OutOfMemoryError`; the sequence it is for stays whole.  Windows
+    of closed sequences pass between sequences of this cache only.
+
+    Threads may make sequences, publish and close them at the same time, each its own.
 
     Examples
     --------
@@ -123,6 +140,7 @@ class KVCache(SequencesById):
         "_layout",
         "_page_table_bytes_before",
         "_pid",
+        "_prefixes",
         "_pressure",
         "_quantisation",
         "_salt",
@@ -144,13 +162,17 @@ class KVCache(SequencesById):
         salt: str | bytes | None = None,
         backing: Backing = "auto",
         purge_after_s: float = 0.5,
+        model: str | bytes | None = None,
+        prefix_eviction: Policy = "lru",
+        on_prefix_event: Callable[[PrefixEvent], Any] | None = None,
         high_watermark: float = 0.9,
         on_pressure: Callable[[KVCache], Any] | None = None,
     ) -> None:
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
-        if salt is not None and not isinstance(salt, str | bytes):
-            raise TypeError(f"salt must be str or bytes, not {type(salt).__name__}")
+        for name, value in (("salt", salt), ("model", model)):
+            if value is not None and not isinstance(value, str | bytes):
+                raise TypeError(f"{name} must be str or bytes, not {type(value).__name__}")
         if not purge_after_s >= 0:
             raise ValueError(f"purge_after_s={purge_after_s!r}: at least 0 is possible")
         super().__init__()
@@ -166,6 +188,14 @@ class KVCache(SequencesById):
         self._cold_table = None if self._quantisation is None else RowTable(self.cold_layout)
         rotated = "" if self._quantisation is None else self._quantisation.rotate
         self._codecs = RowCodecs(layout, self.cold_layout, rotated)
+        rows = describe_rows(layout, self.cold_layout, rotated)
+        self._prefixes = PrefixIndex(
+            self.cold_layout,
+            hash_key(rows, model, salt),
+            self._new_unmapped_window,
+            prefix_eviction,
+            on_prefix_event,
+        )
         self._pid = os.getpid()
         self._store = _new_store(layout, budget_bytes, backing)
         if layout.page_bytes % self._store.page_bytes:
@@ -205,6 +235,11 @@ class KVCache(SequencesById):
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._store.closed
+
+    @property
+    def prefixes(self) -> PrefixIndex:
+        """What is published, see `PrefixIndex`."""
+        return self._prefixes
 
     # --- many sequences at once ---------------------------------------------------------------
 
@@ -283,6 +318,7 @@ class KVCache(SequencesById):
         store = self._store.stats()
         tables_bytes = max(0, page_table_bytes() - self._page_table_bytes_before)
         cold = [run for seq in sequences for run in seq._lineage.first_runs(len(seq), seq.n_cold)]
+        cold += self._prefixes.cells()
         recent = [run for seq in sequences for run in seq._lineage.last_runs(len(seq), seq.n_cold)]
         needed_bytes = count_distinct_tokens(recent) * layout.token_bytes
         needed_bytes += count_distinct_tokens(cold) * self.cold_layout.token_bytes
@@ -328,6 +364,7 @@ class KVCache(SequencesById):
         self._store.check()
         for sequence in self.sequences:
             sequence.check()
+        self._prefixes.check()
         stats = self.stats()
         if stats.needed_bytes > stats.file_bytes:
             raise InvariantError(
@@ -349,13 +386,14 @@ class KVCache(SequencesById):
         windows = [window for sequence in sequences for window in sequence._pages.windows]
         n_views = sum(window.n_views for window in windows)
         self._warm.close_all()
-        if n_views or self._store.n_windows > len(windows):
+        if n_views or self._store.n_windows > len(windows) + self._prefixes.n_windows:
             raise BufferError(
                 "cannot close the cache: arrays that k() and v() returned are still alive"
             )
         self._warm.purge_after_s = 0.0  # what closes from here on goes at once
         for sequence in sequences:
             sequence.close()
+        self._prefixes.close()
         self._store.close()
 
     def _new_cold_rows(self, *, for_fork: bool) -> ColdRows | None:
@@ -380,6 +418,10 @@ class KVCache(SequencesById):
         nbytes = (layout or self._recent_layout).window_bytes
         return self._warm.take(use, for_fork=for_fork) or Window(self._store, nbytes)
 
+    def _new_unmapped_window(self) -> Window:
+        """Return a window for published rows, which keeps pages and has no addresses."""
+        return Window(self._store, self.cold_layout.window_bytes, is_mapped=False)
+
     def _retire(self, window: Window, use: int, *, is_idle: bool) -> None:
         """Keep the window of a sequence that is closed, or close it, too.
 
@@ -396,7 +438,7 @@ class KVCache(SequencesById):
             self._warm.put_refused(window)
 
     def trim(self) -> int:
-        """Give back what no sequence uses: warm windows; return the bytes that went.
+        """Give back warm windows; return the bytes that went.  See also ``prefixes.clear()``.
 
         Raises
         ------

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Cells", "Lineage", "count_distinct_tokens"]
+__all__ = ["Cells", "Lineage", "count_distinct_tokens", "part"]
 
 _origins = itertools.count()
 
@@ -66,11 +66,11 @@ class Lineage:
 
     def first_runs(self, n_tokens: int, end: int) -> list[Cells]:
         """Return the runs of tokens [0, end) of a sequence of `n_tokens`."""
-        return _part(self.all_runs(n_tokens), 0, end)
+        return part(self.all_runs(n_tokens), 0, end)
 
     def last_runs(self, n_tokens: int, start: int) -> list[Cells]:
         """Return the runs of its tokens from `start` on."""
-        return _part(self.all_runs(n_tokens), start, n_tokens)
+        return part(self.all_runs(n_tokens), start, n_tokens)
 
     def settle(self, n_tokens: int) -> None:
         """Give the tail its cells: somebody else is about to have them, too."""
@@ -80,7 +80,7 @@ class Lineage:
 
     def part(self, start: int, end: int) -> list[Cells]:
         """Return the cells of tokens [start, end), which are settled."""
-        return _part(self.runs, start, end)
+        return part(self.runs, start, end)
 
     def keep(self, n_tokens: int, ranges: Iterable[tuple[int, int]]) -> None:
         """Drop all of its `n_tokens` tokens but those in ascending ranges [start, end)."""
@@ -105,7 +105,7 @@ class Lineage:
         self.runs = runs + self.part(position, n_tokens)
 
 
-def _part(runs: Iterable[Cells], start: int, end: int) -> list[Cells]:
+def part(runs: Iterable[Cells], start: int, end: int) -> list[Cells]:
     """Return what of these runs are tokens [start, end)."""
     found, position = [], 0
     for run in runs:

@@ -8,8 +8,9 @@ Structure
         committed > high_watermark * budget   on_pressure(cache), once until it is below again
         a request is refused                  give something up, try again:
                                                 1. the warm window that lay idle longest
-                                                2. the evictable sequence used longest ago
-                                                3. whatever on_pressure(cache) gives up
+                                                2. published blocks that no open sequence has
+                                                3. the evictable sequence used longest ago
+                                                4. whatever on_pressure(cache) gives up
                                               nothing left: OutOfMemoryError
 Invariants
     the sequences a request is for are never given up for it
@@ -67,7 +68,7 @@ class Pressure:
 
     def make_room(self, cache: KVCache, keep: Collection[Sequence]) -> bool:
         """Give something up; False if there is nothing."""
-        if cache._warm.close_oldest() or self._evict(cache, keep):
+        if cache._warm.close_oldest() or cache._prefixes.evict() or self._evict(cache, keep):
             return True
         before_bytes = cache._store.committed_bytes
         self._call(cache)

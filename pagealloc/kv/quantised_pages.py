@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pagealloc import Window
+    from pagealloc.kv.boundary import Span
     from pagealloc.kv.cold_rows import ColdRows
     from pagealloc.kv.quantisation import Quantisation
     from pagealloc.kv.row_moves import GiveWay, Range
@@ -58,6 +59,28 @@ class QuantisedPages:
     def windows(self) -> tuple[Window, ...]:
         """The windows of the sequence."""
         return self.ring.window, self.cold.window
+
+    @property
+    def stored(self) -> RowPages:
+        """As `RowPages.stored`: the packed ones."""
+        return self.cold
+
+    def n_stored(self, rows: Rows) -> int:
+        """As `RowPages.n_stored`."""
+        return len(_cold(rows))
+
+    def lend(self, rows: Rows) -> None:
+        """As `RowPages.lend`, of packed rows."""
+        self.cold.lend(_cold(rows))
+        rows._ready = list(rows.layer_lengths)
+
+    def take(self, rows: Rows, lengths: list[int], parts: list[tuple[Window, list[Span]]]) -> None:
+        """As `RowPages.take`; all these rows are packed."""
+        cold = _cold(rows)
+        self.cut(rows, [0] * len(lengths))
+        self.cold.take(cold, list(lengths), parts)
+        cold._set_lengths(lengths)
+        rows._ready = lengths
 
     def make_ready(self, rows: Rows, layers: Sequence[int], end: int) -> None:
         """As `RowPages.make_ready`."""

@@ -67,6 +67,15 @@ class RowPages:
         """The windows of the sequence."""
         return (self.window,)
 
+    @property
+    def stored(self) -> RowPages:
+        """The pages of rows as the cache stores them."""
+        return self
+
+    def n_stored(self, rows: WindowRows) -> int:
+        """Return how many tokens lie in them, in every layer."""
+        return len(rows)
+
     def make_ready(self, rows: WindowRows, layers: Sequence[int], end: int) -> None:
         """Commit and make private the pages of new rows up to `end` of some layers, or of none.
 
@@ -161,19 +170,37 @@ class RowPages:
         self, rows: WindowRows, other: RowPages, other_rows: WindowRows, lengths: list[int]
     ) -> None:
         """Map the pages of the first tokens of another's layers, where nothing is committed."""
+        other.lend(other_rows)
+        self.take(rows, lengths, [(other.window, boundary.pages_of(self.layout, lengths))])
+
+    def lend(self, rows: WindowRows) -> None:
+        """Others are about to share the pages of its rows: whoever writes looks at them again."""
+        rows_pages = boundary.pages_of(self.layout, rows.layer_lengths)
+        beyond = boundary.subtract(boundary.pages_of(self.layout, rows._ready), rows_pages)
+        self.spare = boundary.page_spans(self.layout, [*self.spare, *beyond])
+        rows._ready = list(rows.layer_lengths)
+        self.has_shared = True
+
+    def take(
+        self, rows: WindowRows, lengths: list[int], parts: list[tuple[Window, list[Span]]]
+    ) -> None:
+        """Map pages of other windows for the first tokens of layers that have none.
+
+        Raises
+        ------
+        OutOfMemoryError
+            The kernel refused; what was mapped is released with the sequence.
+        """
         self.cut(rows, [0] * self.layout.n_layers)  # pages made ready for rows that never came
-        rows_pages = boundary.pages_of(self.layout, other_rows.layer_lengths)
-        beyond = boundary.subtract(boundary.pages_of(self.layout, other_rows._ready), rows_pages)
-        other.spare = boundary.page_spans(self.layout, [*other.spare, *beyond])
-        other_rows._ready = list(other_rows.layer_lengths)
         rows._ready = lengths
-        self.has_shared = other.has_shared = True
+        self.has_shared = True
         wanted = boundary.pages_of(self.layout, lengths)
         self.surplus += boundary.overlap(self.spare, wanted)
         self.spare = boundary.subtract(self.spare, wanted)
         self._release_surplus()
-        for span in wanted:
-            self.window.share_from(other.window, span.start, span.nbytes)
+        for window, spans in parts:
+            for span in spans:
+                self.window.share_from(window, span.start, span.nbytes)
 
     def settle(self, rows: WindowRows, give_way: GiveWay) -> None:
         """Nothing is to be done before rows are moved."""

@@ -103,6 +103,7 @@ def _keep(seq: Sequence, kept: npt.NDArray[np.bool_]) -> None:
         raise
     lengths = [int(kept.sum())] * seq.cache.layout.n_layers
     seq._lineage.keep(n_before, ranges)
+    seq._forget_tokens(first_dropped)
     seq._set_positions(positions[kept])
     seq._set_lengths(lengths)
     seq._pages.cut(seq, lengths)
@@ -171,6 +172,7 @@ def _append_chosen(seq: Sequence, target: Sequence, chosen: npt.NDArray[np.bool_
     boundary.check_room(layout, 0, n_there, n_there + n_new)
     target._pages.append_from(target, seq, _ranges(chosen), target._give_way)
     parts = [run for start, end in _ranges(chosen) for run in seq._lineage.part(start, end)]
+    target._forget_tokens(n_there)
     target._lineage.runs += parts
     target._lineage.n_settled += n_new
     target._set_positions(np.concatenate([target.positions, seq.positions[chosen]]))
@@ -241,5 +243,6 @@ def _rotate(seq: Sequence, rope: Rope, deltas: npt.NDArray[np.int64]) -> None:
         for layer, start, stored in rotated:
             seq._put_k(layer, start, stored)
         seq._lineage.renew(n_tokens, ranges)
+        seq._forget_tokens(ranges[0][0])
     finally:
         seq._set_lengths([n_tokens] * layout.n_layers)

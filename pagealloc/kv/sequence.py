@@ -5,6 +5,7 @@ Purpose
     touched and no sequence ever sees another one's rows.
 Structure
     Sequence            whole conversations: here
+      SequencePrefix    what it has from the prefix index, and gives to it
       SequenceViews     arrays of whole KV blocks and packed rows
       SequenceRows      what every token passes: appending, arrays (Cython)
       RowPages          the pages behind the rows
@@ -28,7 +29,7 @@ from pagealloc.kv.lineage import Lineage
 from pagealloc.kv.pressure import with_room
 from pagealloc.kv.quantised_pages import QuantisedPages
 from pagealloc.kv.row_pages import RowPages
-from pagealloc.kv.sequence_views import SequenceViews
+from pagealloc.kv.sequence_prefix import SequencePrefix
 from pagealloc.units import format_bytes
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ __all__ = ["Sequence"]
 _uses = itertools.count()
 
 
-class Sequence(SequenceViews):
+class Sequence(SequencePrefix):
     """The K and V rows of one conversation.
 
     Made by `KVCache.sequence` or `fork`.  One thread at a time may change it (append, truncate,
@@ -81,8 +82,6 @@ class Sequence(SequenceViews):
         "__weakref__",
         "_is_growing",
         "_last_use",
-        "_lineage",
-        "_pages",
         "_seq_id",
         "evictable",
     )
@@ -104,12 +103,15 @@ class Sequence(SequenceViews):
         self._is_growing = False
         self._touch()
         self._layout = cache.layout
-        self._pages: RowPages | QuantisedPages = (
+        self._pages = (
             RowPages(self._window, cache.layout)
             if cache._quantisation is None
             else QuantisedPages(self, cache._quantisation)
         )
         self._lineage = Lineage()
+        self._lease = None
+        self._tokens = b""
+        self._n_cached = 0
         cache._register(self)
 
     # --- what it is ---------------------------------------------------------------------------
@@ -214,6 +216,7 @@ class Sequence(SequenceViews):
     def _cut(self, n_tokens: int) -> None:
         self._hide_rows(n_tokens)
         self._lineage.cut(n_tokens)
+        self._forget_tokens(n_tokens)
         self._set_positions(self.positions[:n_tokens])
         self._pages.cut(self, [n_tokens] * self._layout.n_layers)
 
@@ -274,6 +277,8 @@ class Sequence(SequenceViews):
         lengths = [n_tokens] * self._layout.n_layers
         child._pages.share(child, self._pages, self, lengths)  # type: ignore[arg-type]
         self._lineage.settle(len(self))
+        child._lease, child._tokens = self._lease, self._tokens
+        child._forget_tokens(n_tokens)
         child._lineage = Lineage(self._lineage.part(0, n_tokens))
         child._set_positions(self.positions[:n_tokens])
         child._set_lengths(lengths)
@@ -302,6 +307,7 @@ class Sequence(SequenceViews):
             self._is_closed = False
             self._set_lengths(lengths)
             raise
+        self._lease = None
         self._set_positions(self.positions[:0])
         self._cache._forget(self)
 

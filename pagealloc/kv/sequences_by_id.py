@@ -15,33 +15,53 @@ Source
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
 from typing import TYPE_CHECKING, cast
 
+from pagealloc.kv.prefix_hash import token_bytes
 from pagealloc.kv.sequence import Sequence
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pagealloc.kv.cache import KVCache
+    from pagealloc.kv.prefix_index import PrefixIndex
 
 __all__ = ["SequencesById"]
+
+# ruff: noqa: SLF001  cache and sequences are one unit
 
 
 class SequencesById:
     """The sequences of a cache."""
 
-    __slots__ = ("_named", "_next_seq_id", "_sequences")
+    __slots__ = ("_named", "_next_seq_ids", "_sequences")
+
+    _prefixes: PrefixIndex
 
     def __init__(self) -> None:
         self._sequences: dict[int, weakref.ref[Sequence]] = {}
         self._named: dict[int, Sequence] = {}
-        self._next_seq_id = 0
+        self._next_seq_ids = itertools.count()
 
-    def sequence(self, seq_id: int | None = None, *, evictable: bool = False) -> Sequence:
-        """Return a new, empty sequence.  It takes a warm window, or reserves address space.
+    def sequence(
+        self,
+        token_ids: Iterable[int] | None = None,
+        *,
+        seq_id: int | None = None,
+        evictable: bool = False,
+    ) -> Sequence:
+        """Return a new sequence.  It takes a warm window, or reserves address space.
 
         Parameters
         ----------
+        token_ids : iterable of int, optional
+            Its prompt.  The sequence starts with the rows of the longest published prefix of it,
+            whole KV blocks, see `Sequence.publish`; ``n_cached`` of its tokens need not be computed
+            then.  A model that wants to compute at least the last one is given
+            ``token_ids[:-1]``.  Without a prompt it starts empty.
         seq_id : int, optional
             Its number.  A sequence that was given one lives until it or the cache is closed; one
             that was not, and gets the next free one, as long as somebody refers to it.
@@ -50,20 +70,31 @@ class SequencesById:
 
         Raises
         ------
-        ValueError
-            `seq_id` is negative, or an open sequence's.
+        TypeError, ValueError
+            `seq_id` is negative, or an open sequence's; or `token_ids` are none.
         OutOfMemoryError
             The kernel refused the address range.
         ClosedError, ForkedError
             The cache is closed, or inherited through ``os.fork()``.
         """
-        if seq_id is None:
-            return self._new_sequence(evictable=evictable)
-        seq_id = _seq_id(seq_id)
-        if self._find(seq_id) is not None:
-            raise ValueError(f"seq_id={seq_id}: this sequence exists; use seq({seq_id})")
-        sequence = self._make(seq_id, evictable=evictable)
-        self._named[seq_id] = sequence
+        if seq_id is not None:
+            seq_id = _seq_id(seq_id)
+            if self._find(seq_id) is not None:
+                raise ValueError(f"seq_id={seq_id}: this sequence exists; use seq({seq_id})")
+        if isinstance(token_ids, int):
+            raise TypeError(f"sequence({token_ids}): a number is given as seq_id={token_ids}")
+        tokens = b"" if token_ids is None else token_bytes(token_ids)
+        lease = self._prefixes.find(tokens) if tokens else None
+        sequence = self._new_sequence(seq_id, evictable=evictable, for_fork=lease is not None)
+        sequence._tokens = tokens
+        if lease is not None:
+            try:
+                sequence._take_prefix(lease)
+            except BaseException:
+                sequence.close()
+                raise
+        if seq_id is not None:
+            self._named[seq_id] = sequence
         return sequence
 
     def seq(self, seq_id: int) -> Sequence:
@@ -111,7 +142,7 @@ class SequencesById:
         if target is not None:
             source.cp(target, p0, p1)
             return
-        target = self.sequence(target_id)
+        target = self.sequence(seq_id=target_id)
         try:
             source.cp(target, p0, p1)
         except BaseException:
@@ -150,15 +181,10 @@ class SequencesById:
         found = self._find(_seq_id(seq_id))
         return -1 if found is None else found.pos_max()
 
-    def _new_sequence(self, **options: bool) -> Sequence:
-        """Return a new sequence with the next free number."""
-        while self._find(self._next_seq_id) is not None:
-            self._next_seq_id += 1
-        seq_id = self._next_seq_id
-        self._next_seq_id += 1
-        return self._make(seq_id, **options)
-
-    def _make(self, seq_id: int, **options: bool) -> Sequence:
+    def _new_sequence(self, seq_id: int | None = None, **options: bool) -> Sequence:
+        """Return a new sequence, by default with the next free number."""
+        if seq_id is None:
+            seq_id = next(number for number in self._next_seq_ids if self._find(number) is None)
         return Sequence(cast("KVCache", self), seq_id, **options)
 
     def _find(self, seq_id: int) -> Sequence | None:

@@ -49,7 +49,7 @@ def cache(order):
 
 
 def filled(cache, n_tokens=100, seq_id=None):
-    seq, rows = cache.sequence(seq_id), make_rows(n_tokens)
+    seq, rows = cache.sequence(seq_id=seq_id), make_rows(n_tokens)
     fill(seq, rows)
     return seq, rows
 
@@ -420,7 +420,7 @@ def test_unknown_ids_have_no_tokens(cache):
 @pytest.mark.parametrize("seq_id", [-1, -2])
 def test_negative_ids_are_refused(cache, seq_id):
     calls = [
-        lambda: cache.sequence(seq_id),
+        lambda: cache.sequence(seq_id=seq_id),
         lambda: cache.seq_cp(seq_id, 0),
         lambda: cache.seq_cp(0, seq_id),
         lambda: cache.seq_keep(seq_id),
@@ -433,18 +433,18 @@ def test_negative_ids_are_refused(cache, seq_id):
 
 
 def test_ids_are_given_out_and_taken_back(cache):
-    first, named = cache.sequence(), cache.sequence(1)
+    first, named = cache.sequence(), cache.sequence(seq_id=1)
     second = cache.sequence()
     assert [seq.seq_id for seq in (first, named, second)] == [0, 1, 2]
     with pytest.raises(ValueError, match="seq_id=1: this sequence exists"):
-        cache.sequence(1)
+        cache.sequence(seq_id=1)
     del named
     assert cache.seq(1).seq_id == 1  # the cache keeps what has a name
     del first
     with pytest.raises(KeyError):
         cache.seq(0)
     cache.seq(1).close()
-    assert cache.sequence(1).seq_id == 1
+    assert cache.sequence(seq_id=1).seq_id == 1
 
 
 def test_keep_of_a_sequence(cache):

@@ -1,0 +1,487 @@
+"""PrefixIndex: from token ids to published KV blocks.
+
+Purpose
+    Find the longest prefix of a prompt whose rows are there, keep rows for prompts to come, and
+    let go of what is worth least when memory is short.
+Structure
+    A node is a KV block behind all those before it; its key is the chained hash of all their
+    tokens (`prefix_hash`)::
+
+        root -- a -- b -- c          HeldBlocks 0: blocks 0 to 2, published by one sequence
+                     `--- d -- e     HeldBlocks 1: blocks 2 to 3, by another one
+
+    Looking up costs a hash a block, whatever is published.  A hit compares the tokens too, block by
+    block from the root, so that a collision of hashes is a miss.
+Invariants
+    a node that holds rows has a parent that does, or the root
+    n_children = nodes with rows whose parent it is;  n_leases = live leases
+    a node has a ticket of the order of eviction iff it may go
+    what an open sequence has from here, its lease keeps
+Locking
+    One lock, held for books only: never while rows are copied, a callback runs, or memory is
+    waited for.  Leases end without it (`prefix_nodes`).  Pages are the store's business: taking a
+    block away from the index never takes it away from a sequence.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter, deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal
+
+from pagealloc import huge_page_size_bytes
+from pagealloc.errors import InvariantError, PageallocError
+from pagealloc.kv import boundary
+from pagealloc.kv.eviction import EvictionOrder
+from pagealloc.kv.held_blocks import HeldBlocks
+from pagealloc.kv.lineage import part
+from pagealloc.kv.prefix_hash import TOKEN_BYTES, block_hash, token_bytes
+from pagealloc.kv.prefix_nodes import Lease, Node
+from pagealloc.kv.prefix_stats import PrefixEvent, PrefixStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from pagealloc import Window
+    from pagealloc.kv.boundary import Span
+    from pagealloc.kv.eviction import Policy
+    from pagealloc.kv.layout import KVLayout
+    from pagealloc.kv.lineage import Cells
+
+__all__ = ["PrefixIndex"]
+
+
+class PrefixIndex:
+    """The published prefixes of one cache: ``cache.prefixes``.  Thread-safe.
+
+    Users want `pin`, `unpin`, `clear` and `stats`; the rest serves sequences.
+
+    Parameters
+    ----------
+    layout : KVLayout
+        Where published rows lie in windows.
+    key : bytes
+        Of the hashes: names the owner and the model.
+    new_window : callable
+        Returns a window without addresses.
+    eviction : {"lru", "lfu", "bytes"}
+        Which blocks go first.
+    on_event : callable, optional
+        Called with each `PrefixEvent`, by whoever caused it, when it has happened.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        key: bytes,
+        new_window: Callable[[], Window],
+        eviction: Policy,
+        on_event: Callable[[PrefixEvent], Any] | None,
+    ) -> None:
+        if on_event is not None and not callable(on_event):
+            raise TypeError(
+                f"on_prefix_event must be callable with the event, not {type(on_event).__name__}"
+            )
+        self._layout = layout
+        self._hash = block_hash(key)
+        self._new_window = new_window
+        self._order = EvictionOrder(eviction)
+        self._on_event = on_event
+        self._block_bytes = layout.block_tokens * TOKEN_BYTES  # of token ids
+        self._root = Node(self._hash(b""), b"", None)
+        self._nodes: dict[bytes, Node] = {}
+        self._ended: deque[Node] = deque()
+        self._events: deque[PrefixEvent] = deque()
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._held: set[HeldBlocks] = set()
+        self._pinned: set[Node] = set()
+        self._now = 0  # operations so far: the clock of recency
+        self._n_lookups = self._n_hits = self._n_asked_tokens = self._n_hit_tokens = 0
+        self._n_stored_blocks = self._n_evicted_blocks = self._n_collisions = 0
+
+    # --- finding ------------------------------------------------------------------------------
+
+    def find(self, tokens: bytes) -> Lease | None:
+        """Return a lease on the longest published prefix of a prompt; None if there is none."""
+        with self._guard():
+            self._settle()
+            node = self._walk(tokens, self._whole_blocks(tokens))
+            self._n_lookups += 1
+            self._n_asked_tokens += len(tokens) // TOKEN_BYTES
+            if node is self._root:
+                return None
+            self._n_hits += 1
+            self._n_hit_tokens += self._tokens_to(node)
+            self._use(node)
+            lease = self._lease(node)
+            self._note("hit", 0, node)
+        self.deliver()
+        return lease
+
+    def n_tokens(self, lease: Lease) -> int:
+        """Return how many tokens a lease keeps."""
+        return self._tokens_to(lease.node)
+
+    def parts(self, lease: Lease) -> tuple[list[tuple[Window, list[Span]]], list[Cells]]:
+        """Return which pages of which windows hold a leased prefix, and whose tokens these are."""
+        parts: list[tuple[Window, list[Span]]] = []
+        cells: list[Cells] = []
+        with self._guard():
+            node = lease.node
+            above: list[Span] = []
+            while node.held is not None:
+                held, end = node.held, node.block + 1
+                spans = held.pages(held.first, end)
+                # A page that a later block has, too, holds the rows of both there.
+                parts.append((held.window, boundary.subtract(spans, above)))
+                above = boundary.page_spans(self._layout, [*above, *spans])
+                cells[:0] = held.first_cells(end)
+                node = held.parent
+        return parts, cells
+
+    def lease_at(self, lease: Lease, n_tokens: int) -> Lease | None:
+        """Return a lease on what of a leased prefix the first `n_tokens` tokens touch."""
+        n_blocks = self._layout.n_blocks(n_tokens)
+        with self._guard():
+            node = lease.node
+            if node.block < n_blocks:
+                return lease
+            while node.parent is not None and node.block >= n_blocks:
+                node = node.parent
+            return None if node is self._root else self._lease(node)
+
+    def _walk(self, tokens: bytes, n_blocks: int) -> Node:
+        """Return the last block of a prompt that is published, behind all before it; or the root.
+
+        This is all that a look-up costs: keep it short.
+        """
+        digest, find, width = self._hash, self._nodes.get, self._block_bytes
+        node = self._root
+        for start in range(0, n_blocks * width, width):
+            block = tokens[start : start + width]
+            child = find(digest(node.key + block))
+            if child is None:
+                break
+            if child.tokens != block or child.parent is not node:
+                self._n_collisions += 1
+                break
+            node = child
+        return node
+
+    # --- publishing ---------------------------------------------------------------------------
+
+    def publish(
+        self, source: Window, tokens: bytes, cells: list[Cells], *, is_pinned: bool
+    ) -> Lease | None:
+        """Keep the whole blocks of a sequence, and return a lease on them; None if there are none.
+
+        Parameters
+        ----------
+        source : Window
+            Where the rows are.  Its pages will be shared: its owner makes them private before it
+            writes.
+        tokens : bytes
+            What the rows are of; no more tokens than there are rows.
+        cells : list of Cells
+            Of these tokens.
+        is_pinned : bool
+            Whether they are never to go.
+
+        Raises
+        ------
+        BufferError, OutOfMemoryError
+            An array may write to the rows, or the kernel has no memory for the books: nothing is
+            published.
+        """
+        with self._guard():
+            self._settle()
+            n_blocks = self._whole_blocks(tokens)
+            parent = self._walk(tokens, n_blocks)
+            nodes = self._new_nodes(parent, tokens, n_blocks)
+            if nodes:
+                self._hold(nodes, source, cells)
+            node = nodes[-1] if nodes else parent
+            if node is self._root:
+                return None
+            self._use(node)
+            if is_pinned:
+                self._pin(node)
+            lease = self._lease(node)
+        self.deliver()
+        return lease
+
+    def _new_nodes(self, parent: Node, tokens: bytes, n_blocks: int) -> list[Node]:
+        """Return nodes for the blocks behind `parent`; not behind a hash that is taken."""
+        nodes: list[Node] = []
+        for block in range(parent.block + 1, n_blocks):
+            own = tokens[block * self._block_bytes : (block + 1) * self._block_bytes]
+            key = self._hash(parent.key + own)
+            if key in self._nodes:
+                break
+            parent = Node(key, own, parent)
+            nodes.append(parent)
+        return nodes
+
+    def _hold(self, nodes: list[Node], source: Window, cells: list[Cells]) -> None:
+        """Take the rows of new blocks, one behind the other, and enter these."""
+        first, end, parent = nodes[0].block, nodes[-1].block + 1, nodes[0].parent
+        if parent is None:
+            raise InvariantError("the root holds no rows")
+        first_token, end_token = first * self._layout.block_tokens, end * self._layout.block_tokens
+        own_cells = part(cells, first_token, end_token)
+        held = HeldBlocks(self._new_window(), self._layout, (first, end), own_cells, parent)
+        try:
+            held.take(source)
+        except BaseException:
+            held.window.close()
+            raise
+        for node in nodes:
+            node.held = held
+            self._nodes[node.key] = node
+            self._add_child(node)
+        self._held.add(held)
+        self._n_stored_blocks += len(nodes)
+        self._note("stored", first_token, nodes[-1])
+
+    def _add_child(self, node: Node) -> None:
+        parent = node.parent
+        if parent is not None:
+            parent.n_children += 1
+            self._order.discard(parent)
+
+    # --- pins ---------------------------------------------------------------------------------
+
+    def pin(self, token_ids: Iterable[int]) -> int:
+        """Keep what is published of a prompt until it is unpinned; return how many tokens."""
+        tokens = token_bytes(token_ids)
+        with self._guard():
+            self._settle()
+            node = self._walk(tokens, self._whole_blocks(tokens))
+            self._pin(node)
+            return self._tokens_to(node)
+
+    def unpin(self, token_ids: Iterable[int]) -> int:
+        """Take back the pins of a prompt and of its beginnings; return how many there were."""
+        tokens, n_pins = token_bytes(token_ids), 0
+        with self._guard():
+            self._settle()
+            node = self._walk(tokens, self._whole_blocks(tokens))
+            while node.parent is not None:
+                if node.is_pinned:
+                    node.is_pinned = False
+                    self._pinned.discard(node)
+                    n_pins += 1
+                    self._offer(node)
+                node = node.parent
+        return n_pins
+
+    def _pin(self, node: Node) -> None:
+        if node is not self._root:
+            node.is_pinned = True
+            self._pinned.add(node)
+            self._order.discard(node)
+
+    # --- evicting -----------------------------------------------------------------------------
+
+    def evict(self) -> bool:
+        """Let go of the block that is worth least, and of those before it that fill its chunk.
+
+        False if every block is needed.
+        """
+        with self._guard():
+            self._settle()
+            self._now += 1
+            leaf = self._order.pop(self._now)
+            if leaf is None or leaf.held is None:
+                return False
+            held, unit = leaf.held, self._unit_of(leaf)
+            first = unit[-1].block
+            try:
+                held.cut(first)
+            except PageallocError:  # no memory for the books: the block stays
+                self._offer(leaf)
+                return False
+            if held.first == held.end:
+                self._held.discard(held)
+            for node in unit:
+                self._forget(node)
+            parent = unit[-1].parent
+            if parent is not None:
+                parent.last_use = max(parent.last_use, leaf.last_use)
+                parent.n_hits += sum(node.n_hits for node in unit)
+                self._offer(parent)
+            self._n_evicted_blocks += len(unit)
+            self._note("evicted", first * self._layout.block_tokens, leaf)
+        self.deliver()
+        return True
+
+    def _unit_of(self, leaf: Node) -> list[Node]:
+        """Return a block and those before it in the same chunk of memory that may go with it."""
+        unit, node = [leaf], leaf.parent
+        while (
+            node is not None
+            and node.held is leaf.held
+            and node.n_children == 1
+            and not node.n_leases
+            and not node.is_pinned
+            and node.last_use <= leaf.last_use
+            and self._chunk_of(node) == self._chunk_of(leaf)
+        ):
+            unit.append(node)
+            node = node.parent
+        return unit
+
+    def _chunk_of(self, node: Node) -> int:
+        """Return in which chunk a block starts; in layer-major orders it has no place of its own.
+
+        There a chunk empties all the same, for one branch goes from its end on.
+        """
+        if self._layout.order != "block":
+            return node.block
+        return node.block * self._layout.block_bytes // huge_page_size_bytes()
+
+    def _forget(self, node: Node) -> None:
+        self._order.discard(node)
+        node.held = None
+        del self._nodes[node.key]
+        if node.parent is not None:
+            node.parent.n_children -= 1
+
+    def clear(self) -> int:
+        """Let go of all blocks that nobody needs; return how many."""
+        before = self._n_evicted_blocks
+        while self.evict():
+            pass
+        return self._n_evicted_blocks - before
+
+    def close(self) -> None:
+        """Let go of all blocks, whoever needs them."""
+        with self._guard():
+            for held in self._held:
+                held.window.close()
+            for node in self._nodes.values():
+                node.held = None
+                self._order.discard(node)
+            for entries in (self._held, self._pinned, self._nodes):
+                entries.clear()
+
+    # --- books --------------------------------------------------------------------------------
+
+    def _guard(self) -> threading.Lock:
+        """Return the lock; a new one in the child of a fork, which may have come amid a change."""
+        if os.getpid() != self._pid:
+            self._pid, self._lock = os.getpid(), threading.Lock()
+        return self._lock
+
+    def _whole_blocks(self, tokens: bytes) -> int:
+        most = self._layout.max_tokens // self._layout.block_tokens
+        return min(len(tokens) // self._block_bytes, most)
+
+    def _tokens_to(self, node: Node) -> int:
+        return (node.block + 1) * self._layout.block_tokens
+
+    def _use(self, node: Node) -> None:
+        self._now += 1
+        node.last_use = self._now
+        node.n_hits += 1
+
+    def _lease(self, node: Node) -> Lease:
+        node.n_leases += 1
+        self._order.discard(node)
+        return Lease(node, self._ended)
+
+    def _settle(self) -> None:
+        """Read the notes of leases that ended."""
+        while self._ended:
+            node = self._ended.popleft()
+            node.n_leases -= 1
+            self._offer(node)
+
+    def _offer(self, node: Node) -> None:
+        """Put a block up for eviction, if it may go."""
+        if not node.may_go:
+            return
+        node.n_branch, above = 1, node.parent
+        while above is not None and above.held is not None and above.n_children == 1:
+            if above.n_leases or above.is_pinned:
+                break
+            node.n_branch += 1
+            above = above.parent
+        self._order.push(node)
+
+    def _note(self, kind: Literal["stored", "hit", "evicted"], first_token: int, end: Node) -> None:
+        if self._on_event is not None:
+            n_tokens = self._tokens_to(end) - first_token
+            self._events.append(PrefixEvent(kind, first_token, n_tokens, end.key))
+
+    def deliver(self) -> None:
+        """Tell what happened; without the lock."""
+        while self._on_event is not None and self._events:
+            with suppress(IndexError):  # another thread was quicker
+                self._on_event(self._events.popleft())
+
+    @property
+    def n_windows(self) -> int:
+        """How many windows of the store it has."""
+        with self._guard():
+            return len(self._held)
+
+    def cells(self) -> list[Cells]:
+        """Return whose tokens it keeps, to count rows once."""
+        with self._guard():
+            return [run for held in self._held for run in held.cells]
+
+    def stats(self) -> PrefixStats:
+        """Return its numbers, taken at one moment."""
+        with self._guard():
+            self._settle()
+            n_tokens = len(self._nodes) * self._layout.block_tokens
+            return PrefixStats(
+                n_blocks=len(self._nodes),
+                n_tokens=n_tokens,
+                nbytes=n_tokens * self._layout.token_bytes,
+                n_pinned_blocks=len(self._kept_by_pins()),
+                n_lookups=self._n_lookups,
+                n_hits=self._n_hits,
+                n_asked_tokens=self._n_asked_tokens,
+                n_hit_tokens=self._n_hit_tokens,
+                n_stored_blocks=self._n_stored_blocks,
+                n_evicted_blocks=self._n_evicted_blocks,
+                n_collisions=self._n_collisions,
+            )
+
+    def _kept_by_pins(self) -> set[Node]:
+        kept: set[Node] = set()
+        for node in self._pinned:
+            above: Node | None = node
+            while above is not None and above not in kept and above is not self._root:
+                kept.add(above)
+                above = above.parent
+        return kept
+
+    def check(self) -> None:
+        """Raise InvariantError if what the module says must hold does not."""
+        with self._guard():
+            self._settle()
+            n_children: Counter[Node] = Counter()
+            for key, node in self._nodes.items():
+                parent, held = node.parent, node.held
+                if parent is None or held is None or not held.first <= node.block < held.end:
+                    raise InvariantError(f"block {node.block} holds no rows")
+                if parent is not self._root and parent.held is None:
+                    raise InvariantError(f"block {node.block} has a parent that holds no rows")
+                if key != node.key or key != self._hash(parent.key + node.tokens):
+                    raise InvariantError(f"block {node.block} is not what its hash says")
+                if bool(node.ticket) != node.may_go:
+                    raise InvariantError(f"block {node.block}: {node.ticket=}, {node.may_go=}")
+                n_children[parent] += 1
+            for node in (self._root, *self._nodes.values()):
+                if node.n_children != n_children[node] or node.n_leases < 0:
+                    raise InvariantError(f"block {node.block}: {node.n_children} children")
+            if self._held != {node.held for node in self._nodes.values()}:
+                raise InvariantError(f"blocks lie in others than {len(self._held)} windows")
+            for held in self._held:
+                held.check()

@@ -1,0 +1,151 @@
+"""SequencePrefix: what a sequence has from the prefix index, and gives to it.
+
+Purpose
+    Start with the rows of a prompt's published prefix, and publish rows for others.
+Structure
+    ::
+
+        token   0 ............ n_cached ............ len(_tokens) ........ length
+        rows    of the index | computed here       | of tokens nobody told |
+                `---- _lease keeps what the index has of it ----'
+Invariants
+    _tokens are the tokens of the first rows, as long as none of these was dropped or rewritten
+    the lease covers every page of the index that the sequence maps
+Locking
+    None: the sequence's one writer.  The index has its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pagealloc.kv.lineage import Lineage
+from pagealloc.kv.prefix_hash import TOKEN_BYTES, token_bytes
+from pagealloc.kv.sequence_views import SequenceViews
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pagealloc.kv.prefix_nodes import Lease
+    from pagealloc.kv.quantised_pages import QuantisedPages
+    from pagealloc.kv.row_pages import RowPages
+
+__all__ = ["SequencePrefix"]
+
+# ruff: noqa: SLF001  cache and sequences are one unit
+
+
+class SequencePrefix(SequenceViews):
+    """The part of `Sequence` that the prefix index is about."""
+
+    __slots__ = ("_lease", "_lineage", "_n_cached", "_pages", "_tokens")
+
+    _lease: Lease | None
+    _lineage: Lineage
+    _n_cached: int
+    _pages: RowPages | QuantisedPages
+    _tokens: bytes
+
+    @property
+    def n_cached(self) -> int:
+        """How many tokens of its prompt it found published when it was made, in whole KV blocks."""
+        return self._n_cached
+
+    def publish(self, token_ids: Iterable[int] | None = None, *, pin: bool = False) -> int:
+        """Keep its rows for prompts that begin alike, also when it is closed.
+
+        Its whole KV blocks are published as far as they are not; pages are shared, not copied.  Of
+        a quantised sequence only packed rows are, see `n_cold`.  Published blocks stay until memory
+        is short: then those that no open sequence has go, see ``KVCache(prefix_eviction=...)``.
+
+        Parameters
+        ----------
+        token_ids : iterable of int, optional
+            Which tokens its rows are of, from the first on; those it was made with by default, or
+            published last.  Tokens behind its last row are ignored.
+        pin : bool
+            Keep them until ``cache.prefixes.unpin(token_ids)``, as for a system prompt.
+
+        Returns
+        -------
+        int
+            How many of its first tokens are published now, a multiple of ``block_tokens``.  Rows
+            count only as far as positions are 0, 1, 2, ...
+
+        Raises
+        ------
+        TypeError, ValueError
+            `token_ids` are none, or others than those its rows are known to be of; or it was made
+            without any.
+        BufferError
+            An array that may be written covers the rows.
+        OutOfMemoryError
+            There is no memory for the books; nothing was published.
+        """
+        self._check_writable()
+        if token_ids is not None:
+            self._tokens = self._checked(token_bytes(token_ids))
+        elif not self._tokens:
+            raise ValueError(
+                "publish() of which tokens?  Give token_ids=, or make the sequence with "
+                "cache.sequence(token_ids)"
+            )
+        n_tokens = min(len(self._tokens) // TOKEN_BYTES, self._pages.n_stored(self))  # type: ignore[arg-type]
+        positions = self.positions[:n_tokens]
+        n_tokens = _count_true(positions == np.arange(n_tokens))
+        self._lineage.settle(len(self))
+        self._pages.lend(self)  # type: ignore[arg-type]
+        lease = self._cache._prefixes.publish(
+            self._pages.stored.window,
+            self._tokens[: n_tokens * TOKEN_BYTES],
+            self._lineage.part(0, n_tokens),
+            is_pinned=pin,
+        )
+        if lease is None:
+            return 0
+        self._lease = lease
+        return self._cache._prefixes.n_tokens(lease)
+
+    def _checked(self, tokens: bytes) -> bytes:
+        """Return the tokens, if they are those that the rows are known to be of."""
+        n_known = min(len(self._tokens), len(tokens))
+        if tokens[:n_known] != self._tokens[:n_known]:
+            known, given = (np.frombuffer(each[:n_known], "<i4") for each in (self._tokens, tokens))
+            token = int((known != given).argmax())
+            raise ValueError(
+                f"token_ids[{token}]={given[token]}, but this row was made for token "
+                f"{known[token]}: publish() wants the tokens from the sequence's first row on"
+            )
+        return max(self._tokens, tokens, key=len)
+
+    def _take_prefix(self, lease: Lease) -> None:
+        """Give an empty sequence the rows that a lease keeps.
+
+        Raises
+        ------
+        OutOfMemoryError
+            The kernel refused the mapping.
+        """
+        layout, index = self._cache.layout, self._cache._prefixes
+        n_tokens = index.n_tokens(lease)
+        lengths = [n_tokens] * layout.n_layers
+        parts, cells = index.parts(lease)
+        self._lease = lease
+        self._pages.take(self, lengths, parts)  # type: ignore[arg-type]
+        self._lineage = Lineage(cells)
+        self._set_positions(np.arange(n_tokens, dtype=np.int32))
+        self._set_lengths(lengths)
+        self._n_cached = n_tokens
+
+    def _forget_tokens(self, n_kept: int) -> None:
+        """Rows from token `n_kept` on were dropped or rewritten, or are not of the tokens told."""
+        self._tokens = self._tokens[: n_kept * TOKEN_BYTES]
+        if self._lease is not None:
+            self._lease = self._cache._prefixes.lease_at(self._lease, n_kept)
+
+
+def _count_true(mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> int:
+    """Return how many elements come before the first that is False."""
+    return len(mask) if mask.all() else int(mask.argmin())
