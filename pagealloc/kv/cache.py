@@ -318,8 +318,9 @@ class KVCache(SequencesById):
         store = self._store.stats()
         tables_bytes = max(0, page_table_bytes() - self._page_table_bytes_before)
         cold = [run for seq in sequences for run in seq._lineage.first_runs(len(seq), seq.n_cold)]
-        cold += self._prefixes.cells()
         recent = [run for seq in sequences for run in seq._lineage.last_runs(len(seq), seq.n_cold)]
+        published = self._prefixes.cells()  # rows as the cache stores them
+        (recent if self._quantisation is None else cold).extend(published)
         needed_bytes = count_distinct_tokens(recent) * layout.token_bytes
         needed_bytes += count_distinct_tokens(cold) * self.cold_layout.token_bytes
         for sequence in sequences:  # rows of a token that not all layers hold yet

@@ -57,7 +57,9 @@ class EvictionOrder:
 
     def __init__(self, policy: Policy) -> None:
         if policy not in get_args(Policy):
-            raise ValueError(f"eviction={policy!r}: {', '.join(get_args(Policy))} are possible")
+            raise ValueError(
+                f"prefix_eviction={policy!r}: {', '.join(map(repr, get_args(Policy)))} are possible"
+            )
         self.policy = policy
         self._tickets = itertools.count(1)
         self._buckets: dict[int, list[tuple[int, int, Node]]] = {}

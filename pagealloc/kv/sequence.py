@@ -110,7 +110,7 @@ class Sequence(SequencePrefix):
         )
         self._lineage = Lineage()
         self._lease = None
-        self._tokens = b""
+        self._tokens = None
         self._n_cached = 0
         cache._register(self)
 

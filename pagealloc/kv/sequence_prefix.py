@@ -46,7 +46,7 @@ class SequencePrefix(SequenceViews):
     _lineage: Lineage
     _n_cached: int
     _pages: RowPages | QuantisedPages
-    _tokens: bytes
+    _tokens: bytes | None  # None: nobody told any
 
     @property
     def n_cached(self) -> int:
@@ -87,7 +87,7 @@ class SequencePrefix(SequenceViews):
         self._check_writable()
         if token_ids is not None:
             self._tokens = self._checked(token_bytes(token_ids))
-        elif not self._tokens:
+        elif self._tokens is None:
             raise ValueError(
                 "publish() of which tokens?  Give token_ids=, or make the sequence with "
                 "cache.sequence(token_ids)"
@@ -110,15 +110,16 @@ class SequencePrefix(SequenceViews):
 
     def _checked(self, tokens: bytes) -> bytes:
         """Return the tokens, if they are those that the rows are known to be of."""
-        n_known = min(len(self._tokens), len(tokens))
-        if tokens[:n_known] != self._tokens[:n_known]:
-            known, given = (np.frombuffer(each[:n_known], "<i4") for each in (self._tokens, tokens))
+        rows = (self._tokens or b"")[: len(self) * TOKEN_BYTES]
+        n_known = min(len(rows), len(tokens))
+        if tokens[:n_known] != rows[:n_known]:
+            known, given = (np.frombuffer(each[:n_known], "<i4") for each in (rows, tokens))
             token = int((known != given).argmax())
             raise ValueError(
                 f"token_ids[{token}]={given[token]}, but this row was made for token "
                 f"{known[token]}: publish() wants the tokens from the sequence's first row on"
             )
-        return max(self._tokens, tokens, key=len)
+        return max(rows, tokens, key=len)
 
     def _take_prefix(self, lease: Lease) -> None:
         """Give an empty sequence the rows that a lease keeps.
@@ -141,7 +142,8 @@ class SequencePrefix(SequenceViews):
 
     def _forget_tokens(self, n_kept: int) -> None:
         """Rows from token `n_kept` on were dropped or rewritten, or are not of the tokens told."""
-        self._tokens = self._tokens[: n_kept * TOKEN_BYTES]
+        if self._tokens is not None:
+            self._tokens = self._tokens[: n_kept * TOKEN_BYTES]
         if self._lease is not None:
             self._lease = self._cache._prefixes.lease_at(self._lease, n_kept)
 

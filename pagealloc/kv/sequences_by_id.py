@@ -83,7 +83,7 @@ class SequencesById:
                 raise ValueError(f"seq_id={seq_id}: this sequence exists; use seq({seq_id})")
         if isinstance(token_ids, int):
             raise TypeError(f"sequence({token_ids}): a number is given as seq_id={token_ids}")
-        tokens = b"" if token_ids is None else token_bytes(token_ids)
+        tokens = None if token_ids is None else token_bytes(token_ids)
         lease = self._prefixes.find(tokens) if tokens else None
         sequence = self._new_sequence(seq_id, evictable=evictable, for_fork=lease is not None)
         sequence._tokens = tokens
