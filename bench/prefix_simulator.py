@@ -1,6 +1,7 @@
 """What an index of prefixes evicts, said plainly: every decision looks at every block.
 
-Blocks are paths: ``("a", "b")`` is block b behind block a.  The reference for `pagealloc.kv`'s index.
+Blocks are paths: ``("a", "b")`` is block b behind block a.  What the index is compared
+with.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class PrefixSimulator:
         self.blocks[path].n_hits += 1
 
     def evict(self) -> bool:
-        """Let go of the worst leaf, and of blocks before it in its chunk; False if there is none."""
+        """Let go of the worst leaf, and of blocks before it in its chunk; False: there is none."""
         self.now += 1
         parents = Counter(path[:-1] for path in self.blocks)
         leaves = [path for path in self.blocks if not parents[path] and self.is_free(path)]
@@ -113,8 +114,7 @@ class PrefixSimulator:
             and self.is_free(above)
             and self.blocks[above].publisher == block.publisher
             and self.blocks[above].last_use <= block.last_use
-            and (len(above) - 1) // self.blocks_per_chunk
-            == (len(leaf) - 1) // self.blocks_per_chunk
+            and self.chunk_of(above) == self.chunk_of(leaf)
         ):
             unit.append(above)
             above = above[:-1]
@@ -123,6 +123,10 @@ class PrefixSimulator:
             self.blocks[above].n_hits += n_hits
             self.blocks[above].last_use = max(self.blocks[above].last_use, block.last_use)
         return True
+
+    def chunk_of(self, path: Path) -> int:
+        """Return in which chunk a block lies."""
+        return (len(path) - 1) // self.blocks_per_chunk
 
     def is_free(self, path: Path) -> bool:
         """Whether no lease and no pin ends here."""

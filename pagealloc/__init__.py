@@ -47,6 +47,7 @@ from pagealloc.core.window import Run, Window
 from pagealloc.core.window_view import WindowView
 from pagealloc.errors import (
     BackingUnavailableError,
+    CacheFileError,
     ClosedError,
     ForkedError,
     InvariantError,
@@ -63,6 +64,7 @@ __all__ = [
     "BackingUnavailableError",
     "Batch",
     "Buffer",
+    "CacheFileError",
     "ClassStats",
     "ClosedError",
     "ExactClass",

@@ -7,6 +7,7 @@ are for what a program may want to catch by name.
 
 __all__ = [
     "BackingUnavailableError",
+    "CacheFileError",
     "ClosedError",
     "ForkedError",
     "InvariantError",
@@ -59,6 +60,14 @@ class ForkedError(PageallocError, RuntimeError):
 
 class ClosedError(PageallocError, ValueError):
     """The handle was used after ``close()``."""
+
+
+class CacheFileError(PageallocError, ValueError):
+    """A file of published KV blocks cannot be used, or a block of it.
+
+    It is truncated, damaged, newer than this version, of another model or owner, or not safe to
+    open; the message says which, and names the block.
+    """
 
 
 class InvariantError(PageallocError, AssertionError):

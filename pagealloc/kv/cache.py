@@ -31,11 +31,14 @@ from pagealloc.errors import (
     PageallocError,
 )
 from pagealloc.kv.batches import append_batch, gather
+from pagealloc.kv.cache_description import describe_cache, options_of
+from pagealloc.kv.cache_file import CacheFile
+from pagealloc.kv.cache_writer import save
 from pagealloc.kv.cold_rows import ColdRows
 from pagealloc.kv.layout import KVLayout
 from pagealloc.kv.lineage import count_distinct_tokens
+from pagealloc.kv.prefix_disk import DiskPrefixIndex
 from pagealloc.kv.prefix_hash import describe_rows, hash_key
-from pagealloc.kv.prefix_index import PrefixIndex
 from pagealloc.kv.pressure import Pressure
 from pagealloc.kv.quantisation import quantisation_of
 from pagealloc.kv.row_codecs import RowCodecs
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from pagealloc.kv.eviction import Policy
+    from pagealloc.kv.prefix_disk import OnError
     from pagealloc.kv.prefix_stats import PrefixEvent
     from pagealloc.kv.row_formats import KVType
     from pagealloc.kv.sequence import Sequence
@@ -189,7 +193,7 @@ class KVCache(SequencesById):
         rotated = "" if self._quantisation is None else self._quantisation.rotate
         self._codecs = RowCodecs(layout, self.cold_layout, rotated)
         rows = describe_rows(layout, self.cold_layout, rotated)
-        self._prefixes = PrefixIndex(
+        self._prefixes = DiskPrefixIndex(
             self.cold_layout,
             hash_key(rows, model, salt),
             self._new_unmapped_window,
@@ -237,7 +241,7 @@ class KVCache(SequencesById):
         return self._store.closed
 
     @property
-    def prefixes(self) -> PrefixIndex:
+    def prefixes(self) -> DiskPrefixIndex:
         """What is published, see `PrefixIndex`."""
         return self._prefixes
 
@@ -409,15 +413,18 @@ class KVCache(SequencesById):
 
     def _new_window(self, layout: KVLayout | None = None, *, for_fork: bool = False) -> Window:
         """Return a window, by default for rows that are stored as they come."""
+        self._check_process()
+        use = 0 if layout is None else 1
+        nbytes = (layout or self._recent_layout).window_bytes
+        return self._warm.take(use, for_fork=for_fork) or Window(self._store, nbytes)
+
+    def _check_process(self) -> None:
         self._check_open()
         if os.getpid() != self._pid:
             raise ForkedError(
                 "this process inherited the cache through os.fork() and may only read it: "
                 "build a new KVCache here"
             )
-        use = 0 if layout is None else 1
-        nbytes = (layout or self._recent_layout).window_bytes
-        return self._warm.take(use, for_fork=for_fork) or Window(self._store, nbytes)
 
     def _new_unmapped_window(self) -> Window:
         """Return a window for published rows, which keeps pages and has no addresses."""
@@ -451,6 +458,92 @@ class KVCache(SequencesById):
         self._warm.close_all()
         self._store.trim()
         return max(0, before_bytes - self._store.committed_bytes)
+
+    # --- in files -----------------------------------------------------------------------------
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        progress: Callable[[int, int], Any] | None = None,
+    ) -> int:
+        """Write all published blocks to a file, which is the old one until this one is complete.
+
+        Other threads may use the cache meanwhile.  Needs the package xxhash (``pagealloc[disk]``).
+
+        Parameters
+        ----------
+        path : path
+            A file that nobody but this user will be able to read.
+        progress : callable, optional
+            Called with how many blocks are written, and of how many.
+
+        Returns
+        -------
+        int
+            How many blocks were written.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written; what was there is there.
+        CacheFileError
+            A block that is in another file only is damaged there.
+        OutOfMemoryError
+            There is no address space to map blocks.
+        """
+        self._check_process()
+        description = describe_cache(self._layout, self._quantisation)
+        with Window(self._store, self.cold_layout.window_bytes) as window:
+            return save(self._prefixes, window, path, description, progress)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        layout: KVLayout | None = None,
+        *,
+        on_error: OnError = "raise",
+        **options: Any,
+    ) -> Self:
+        """Return a new cache that finds the blocks of a file.
+
+        Reads the file's index only: rows are read, and verified, when a prompt first asks for them.
+        The file stays open; replacing or removing it is harmless.
+
+        Parameters
+        ----------
+        path : path
+            A file that `save` wrote: this user's, that nobody else may open, no symbolic link.
+        layout : KVLayout, optional
+            As saved by default.  `max_tokens`, `order` and `page_bytes` may differ.
+        on_error : {"raise", "skip"}
+            What a damaged or lost block does: raise when it is asked for, or be forgotten with the
+            blocks behind it, with a warning.
+        **options
+            As of `KVCache`.  `model` and `salt` must be those it was saved with; how it quantises
+            is taken from the file.
+
+        Raises
+        ------
+        CacheFileError
+            The file is not safe to open, damaged, truncated, newer, or of another model, salt or
+            kind of rows.
+        OSError
+            It cannot be read.
+        """
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r}: 'raise' and 'skip' are possible")
+        file = CacheFile(path)
+        saved, quantisation = options_of(file)
+        cache = cls(layout or saved, **quantisation, **options)
+        try:
+            cache._prefixes.on_error = on_error
+            cache._prefixes.adopt(file)
+        except BaseException:
+            cache.close()
+            raise
+        return cache
 
     def _check_open(self) -> None:
         if self._store.closed:

@@ -13,14 +13,17 @@ Structure
     Looking up costs a hash a block, whatever is published.  A hit compares the tokens too, block by
     block from the root, so that a collision of hashes is a miss.
 Invariants
-    a node that holds rows has a parent that does, or the root
-    n_children = nodes with rows whose parent it is;  n_leases = live leases
+    a node with rows in memory has a parent with such rows, or the root
+    every node has rows, in memory or in a file
+    n_children = nodes with rows in memory whose parent it is;  n_leases = live leases
     a node has a ticket of the order of eviction iff it may go
     what an open sequence has from here, its lease keeps
 Locking
     One lock, held for books only: never while rows are copied, a callback runs, or memory is
-    waited for.  Leases end without it (`prefix_nodes`).  Pages are the store's business: taking a
-    block away from the index never takes it away from a sequence.
+    waited for.  `restoring` is held while rows are read from a file, so that they are read once;
+    whoever holds it may take the other, not the reverse.  Leases end without either
+    (`prefix_nodes`).  Pages are the store's business: taking a block away from the index never
+    takes it away from a sequence.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import os
 import threading
 from collections import Counter, deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pagealloc import huge_page_size_bytes
 from pagealloc.errors import InvariantError, PageallocError
@@ -51,6 +54,15 @@ if TYPE_CHECKING:
     from pagealloc.kv.lineage import Cells
 
 __all__ = ["PrefixIndex"]
+
+
+class Found(NamedTuple):
+    """What is published of a prompt."""
+
+    lease: Lease | None
+    """On the blocks in memory; None if there are none."""
+    on_disk: list[Node]
+    """Blocks behind these whose rows are in a file."""
 
 
 class PrefixIndex:
@@ -84,7 +96,7 @@ class PrefixIndex:
             raise TypeError(
                 f"on_prefix_event must be callable with the event, not {type(on_event).__name__}"
             )
-        self._layout = layout
+        self.layout = layout
         self._hash = block_hash(key)
         self._new_window = new_window
         self._order = EvictionOrder(eviction)
@@ -94,32 +106,41 @@ class PrefixIndex:
         self._nodes: dict[bytes, Node] = {}
         self._ended: deque[Node] = deque()
         self._events: deque[PrefixEvent] = deque()
+        self.restoring = threading.RLock()
+        self.n_damaged_blocks = 0
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._held: set[HeldBlocks] = set()
         self._pinned: set[Node] = set()
+        self._n_blocks = 0  # in memory
         self._now = 0  # operations so far: the clock of recency
         self._n_lookups = self._n_hits = self._n_asked_tokens = self._n_hit_tokens = 0
         self._n_stored_blocks = self._n_evicted_blocks = self._n_collisions = 0
 
     # --- finding ------------------------------------------------------------------------------
 
-    def find(self, tokens: bytes) -> Lease | None:
-        """Return a lease on the longest published prefix of a prompt; None if there is none."""
+    def find(self, tokens: bytes, *, is_again: bool = False) -> Found:
+        """Return the longest published prefix of a prompt.
+
+        `is_again`: the same caller has asked already, so that statistics leave it out.
+        """
         with self._guard():
             self._settle()
             node = self._walk(tokens, self._whole_blocks(tokens))
+            held, on_disk = self._split(node)
+            lease = None if held is self._root else self._lease(held)
+            if is_again:
+                return Found(lease, on_disk)
             self._n_lookups += 1
             self._n_asked_tokens += len(tokens) // TOKEN_BYTES
             if node is self._root:
-                return None
+                return Found(None, [])
             self._n_hits += 1
             self._n_hit_tokens += self._tokens_to(node)
             self._use(node)
-            lease = self._lease(node)
             self._note("hit", 0, node)
         self.deliver()
-        return lease
+        return Found(lease, on_disk)
 
     def n_tokens(self, lease: Lease) -> int:
         """Return how many tokens a lease keeps."""
@@ -137,14 +158,14 @@ class PrefixIndex:
                 spans = held.pages(held.first, end)
                 # A page that a later block has, too, holds the rows of both there.
                 parts.append((held.window, boundary.subtract(spans, above)))
-                above = boundary.page_spans(self._layout, [*above, *spans])
+                above = boundary.page_spans(self.layout, [*above, *spans])
                 cells[:0] = held.first_cells(end)
                 node = held.parent
         return parts, cells
 
     def lease_at(self, lease: Lease, n_tokens: int) -> Lease | None:
         """Return a lease on what of a leased prefix the first `n_tokens` tokens touch."""
-        n_blocks = self._layout.n_blocks(n_tokens)
+        n_blocks = self.layout.n_blocks(n_tokens)
         with self._guard():
             node = lease.node
             if node.block < n_blocks:
@@ -170,6 +191,14 @@ class PrefixIndex:
                 break
             node = child
         return node
+
+    def _split(self, node: Node) -> tuple[Node, list[Node]]:
+        """Return the last block in memory of a prefix, or the root, and those behind it."""
+        on_disk: list[Node] = []
+        while node.held is None and node.parent is not None:
+            on_disk.append(node)
+            node = node.parent
+        return node, on_disk[::-1]
 
     # --- publishing ---------------------------------------------------------------------------
 
@@ -199,11 +228,12 @@ class PrefixIndex:
         with self._guard():
             self._settle()
             n_blocks = self._whole_blocks(tokens)
-            parent = self._walk(tokens, n_blocks)
-            nodes = self._new_nodes(parent, tokens, n_blocks)
+            last = self._walk(tokens, n_blocks)
+            node, nodes = self._split(last)
+            nodes += self._new_nodes(last, tokens, n_blocks)
             if nodes:
                 self._hold(nodes, source, cells)
-            node = nodes[-1] if nodes else parent
+                node = nodes[-1]
             if node is self._root:
                 return None
             self._use(node)
@@ -230,9 +260,9 @@ class PrefixIndex:
         first, end, parent = nodes[0].block, nodes[-1].block + 1, nodes[0].parent
         if parent is None:
             raise InvariantError("the root holds no rows")
-        first_token, end_token = first * self._layout.block_tokens, end * self._layout.block_tokens
+        first_token, end_token = first * self.layout.block_tokens, end * self.layout.block_tokens
         own_cells = part(cells, first_token, end_token)
-        held = HeldBlocks(self._new_window(), self._layout, (first, end), own_cells, parent)
+        held = HeldBlocks(self._new_window(), self.layout, (first, end), own_cells, parent)
         try:
             held.take(source)
         except BaseException:
@@ -243,6 +273,7 @@ class PrefixIndex:
             self._nodes[node.key] = node
             self._add_child(node)
         self._held.add(held)
+        self._n_blocks += len(nodes)
         self._n_stored_blocks += len(nodes)
         self._note("stored", first_token, nodes[-1])
 
@@ -259,7 +290,7 @@ class PrefixIndex:
         tokens = token_bytes(token_ids)
         with self._guard():
             self._settle()
-            node = self._walk(tokens, self._whole_blocks(tokens))
+            node, _ = self._split(self._walk(tokens, self._whole_blocks(tokens)))
             self._pin(node)
             return self._tokens_to(node)
 
@@ -314,7 +345,7 @@ class PrefixIndex:
                 parent.n_hits += sum(node.n_hits for node in unit)
                 self._offer(parent)
             self._n_evicted_blocks += len(unit)
-            self._note("evicted", first * self._layout.block_tokens, leaf)
+            self._note("evicted", first * self.layout.block_tokens, leaf)
         self.deliver()
         return True
 
@@ -339,14 +370,16 @@ class PrefixIndex:
 
         There a chunk empties all the same, for one branch goes from its end on.
         """
-        if self._layout.order != "block":
+        if self.layout.order != "block":
             return node.block
-        return node.block * self._layout.block_bytes // huge_page_size_bytes()
+        return node.block * self.layout.block_bytes // huge_page_size_bytes()
 
     def _forget(self, node: Node) -> None:
         self._order.discard(node)
         node.held = None
-        del self._nodes[node.key]
+        self._n_blocks -= 1
+        if node.on_disk is None:
+            del self._nodes[node.key]
         if node.parent is not None:
             node.parent.n_children -= 1
 
@@ -367,6 +400,7 @@ class PrefixIndex:
                 self._order.discard(node)
             for entries in (self._held, self._pinned, self._nodes):
                 entries.clear()
+            self._n_blocks = 0
 
     # --- books --------------------------------------------------------------------------------
 
@@ -377,11 +411,11 @@ class PrefixIndex:
         return self._lock
 
     def _whole_blocks(self, tokens: bytes) -> int:
-        most = self._layout.max_tokens // self._layout.block_tokens
+        most = self.layout.max_tokens // self.layout.block_tokens
         return min(len(tokens) // self._block_bytes, most)
 
     def _tokens_to(self, node: Node) -> int:
-        return (node.block + 1) * self._layout.block_tokens
+        return (node.block + 1) * self.layout.block_tokens
 
     def _use(self, node: Node) -> None:
         self._now += 1
@@ -438,11 +472,12 @@ class PrefixIndex:
         """Return its numbers, taken at one moment."""
         with self._guard():
             self._settle()
-            n_tokens = len(self._nodes) * self._layout.block_tokens
+            n_tokens = self._n_blocks * self.layout.block_tokens
             return PrefixStats(
-                n_blocks=len(self._nodes),
+                n_blocks=self._n_blocks,
                 n_tokens=n_tokens,
-                nbytes=n_tokens * self._layout.token_bytes,
+                nbytes=n_tokens * self.layout.token_bytes,
+                n_disk_blocks=len(self._nodes) - self._n_blocks,
                 n_pinned_blocks=len(self._kept_by_pins()),
                 n_lookups=self._n_lookups,
                 n_hits=self._n_hits,
@@ -451,6 +486,7 @@ class PrefixIndex:
                 n_stored_blocks=self._n_stored_blocks,
                 n_evicted_blocks=self._n_evicted_blocks,
                 n_collisions=self._n_collisions,
+                n_damaged_blocks=self.n_damaged_blocks,
             )
 
     def _kept_by_pins(self) -> set[Node]:
@@ -469,19 +505,25 @@ class PrefixIndex:
             n_children: Counter[Node] = Counter()
             for key, node in self._nodes.items():
                 parent, held = node.parent, node.held
-                if parent is None or held is None or not held.first <= node.block < held.end:
-                    raise InvariantError(f"block {node.block} holds no rows")
-                if parent is not self._root and parent.held is None:
-                    raise InvariantError(f"block {node.block} has a parent that holds no rows")
+                if parent is None or (held is None and node.on_disk is None):
+                    raise InvariantError(f"block {node.block} has no rows")
+                if held is not None:
+                    n_children[parent] += 1
+                    if not held.first <= node.block < held.end:
+                        raise InvariantError(f"block {node.block} is not where it should be")
+                    if parent is not self._root and parent.held is None:
+                        raise InvariantError(f"block {node.block} has a parent without rows")
                 if key != node.key or key != self._hash(parent.key + node.tokens):
                     raise InvariantError(f"block {node.block} is not what its hash says")
                 if bool(node.ticket) != node.may_go:
                     raise InvariantError(f"block {node.block}: {node.ticket=}, {node.may_go=}")
-                n_children[parent] += 1
             for node in (self._root, *self._nodes.values()):
                 if node.n_children != n_children[node] or node.n_leases < 0:
                     raise InvariantError(f"block {node.block}: {node.n_children} children")
-            if self._held != {node.held for node in self._nodes.values()}:
+            held_nodes = [node for node in self._nodes.values() if node.held is not None]
+            if self._n_blocks != len(held_nodes) or self._held != {
+                node.held for node in held_nodes
+            }:
                 raise InvariantError(f"blocks lie in others than {len(self._held)} windows")
             for held in self._held:
                 held.check()

@@ -1,4 +1,4 @@
-"""Node and Lease: a published KV block, and the promise that it stays.
+"""Node, Lease, BlockOnDisk: a published KV block, the promise that it stays, its rows in a file.
 
 Locking
     Nodes are the index's, and change under its lock.  A lease ends without one: it leaves a note,
@@ -8,14 +8,26 @@ Locking
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections import deque
 
+    from pagealloc.kv.cache_file import CacheFile
     from pagealloc.kv.held_blocks import HeldBlocks
 
-__all__ = ["Lease", "Node"]
+__all__ = ["BlockOnDisk", "Lease", "Node"]
+
+
+class BlockOnDisk(NamedTuple):
+    """The rows of a block in a file."""
+
+    file: CacheFile
+    number: int
+
+    def read(self, buffers: list[memoryview]) -> None:
+        """Read and verify them, see `CacheFile.read`."""
+        self.file.read(self.number, buffers)
 
 
 class Node:
@@ -41,6 +53,7 @@ class Node:
         "n_children",
         "n_hits",
         "n_leases",
+        "on_disk",
         "parent",
         "ticket",
         "tokens",
@@ -51,7 +64,8 @@ class Node:
         self.tokens = tokens
         self.parent = parent
         self.block: int = -1 if parent is None else parent.block + 1  # its number in the prefix
-        self.held: HeldBlocks | None = None  # where its rows are
+        self.held: HeldBlocks | None = None  # where its rows are in memory
+        self.on_disk: BlockOnDisk | None = None  # where they are in a file
         self.n_children = 0  # that hold rows
         self.n_leases = 0
         self.is_pinned = False

@@ -16,6 +16,8 @@ class PrefixStats(NamedTuple):
     """Their tokens."""
     nbytes: int
     """Bytes of their rows."""
+    n_disk_blocks: int
+    """Published blocks whose rows are in a file only."""
     n_pinned_blocks: int
     """Of them, those that a pin keeps: pinned ones, and all before them."""
     n_lookups: int
@@ -32,6 +34,8 @@ class PrefixStats(NamedTuple):
     """Blocks evicted so far."""
     n_collisions: int
     """Hashes that named other tokens, which was noticed."""
+    n_damaged_blocks: int
+    """Blocks of files that were skipped, see ``KVCache.load(on_error="skip")``."""
 
     @property
     def hit_rate(self) -> float:

@@ -69,6 +69,16 @@ class QuantisedPages:
         """As `RowPages.n_stored`."""
         return len(_cold(rows))
 
+    def make_stored_ready(self, rows: Rows, end: int, give_way: GiveWay) -> None:
+        """As `RowPages.make_stored_ready`."""
+        self._make_packed_ready(_cold(rows), end, give_way)
+
+    def set_stored(self, rows: Rows, n_tokens: int) -> None:
+        """As `RowPages.set_stored`."""
+        lengths = [n_tokens] * self.cold.layout.n_layers
+        _cold(rows)._set_lengths(lengths)
+        rows._ready = lengths
+
     def lend(self, rows: Rows) -> None:
         """As `RowPages.lend`, of packed rows."""
         self.cold.lend(_cold(rows))

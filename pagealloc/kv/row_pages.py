@@ -76,6 +76,14 @@ class RowPages:
         """Return how many tokens lie in them, in every layer."""
         return len(rows)
 
+    def make_stored_ready(self, rows: WindowRows, end: int, give_way: GiveWay) -> None:
+        """Commit and make private the pages of stored rows up to `end`, in every layer."""
+        layers = list(range(self.layout.n_layers))
+        give_way(lambda: self.make_ready(rows, layers, end))
+
+    def set_stored(self, rows: WindowRows, n_tokens: int) -> None:
+        """Stored rows were written up to there; lengths are the caller's."""
+
     def make_ready(self, rows: WindowRows, layers: Sequence[int], end: int) -> None:
         """Commit and make private the pages of new rows up to `end` of some layers, or of none.
 

@@ -21,14 +21,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pagealloc.errors import CacheFileError
+from pagealloc.kv.block_segments import segments
 from pagealloc.kv.lineage import Lineage
 from pagealloc.kv.prefix_hash import TOKEN_BYTES, token_bytes
+from pagealloc.kv.pressure import with_room
 from pagealloc.kv.sequence_views import SequenceViews
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pagealloc.kv.prefix_nodes import Lease
+    from pagealloc import Window
+    from pagealloc.kv.layout import KVLayout
+    from pagealloc.kv.prefix_nodes import Lease, Node
     from pagealloc.kv.quantised_pages import QuantisedPages
     from pagealloc.kv.row_pages import RowPages
 
@@ -95,11 +100,15 @@ class SequencePrefix(SequenceViews):
         n_tokens = min(len(self._tokens) // TOKEN_BYTES, self._pages.n_stored(self))  # type: ignore[arg-type]
         positions = self.positions[:n_tokens]
         n_tokens = _count_true(positions == np.arange(n_tokens))
+        return self._publish_first(n_tokens, self._tokens, pin=pin)
+
+    def _publish_first(self, n_tokens: int, tokens: bytes, *, pin: bool = False) -> int:
+        """Publish its first rows, which are of these tokens; return how many it were."""
         self._lineage.settle(len(self))
         self._pages.lend(self)  # type: ignore[arg-type]
         lease = self._cache._prefixes.publish(
             self._pages.stored.window,
-            self._tokens[: n_tokens * TOKEN_BYTES],
+            tokens[: n_tokens * TOKEN_BYTES],
             self._lineage.part(0, n_tokens),
             is_pinned=pin,
         )
@@ -140,12 +149,53 @@ class SequencePrefix(SequenceViews):
         self._set_lengths(lengths)
         self._n_cached = n_tokens
 
+    def _read_prefix(self, nodes: list[Node], tokens: bytes) -> None:
+        """Read the rows behind those it has from files, publish them, and count them as cached.
+
+        Raises
+        ------
+        CacheFileError
+            A block is damaged, unless the cache skips such blocks: then those before it are there.
+        OutOfMemoryError
+            There is no memory for them.
+        """
+        cache, pages = self._cache, self._pages
+        layout, index = cache.cold_layout, cache._prefixes
+        n_tokens = len(self)
+        end = n_tokens + len(nodes) * layout.block_tokens
+        pages.make_stored_ready(self, end, lambda request: with_room(cache, [self], request))  # type: ignore[arg-type, list-item]
+        for node in nodes:
+            try:
+                _read_block(node, pages.stored.window, layout)
+            except CacheFileError as error:
+                index.skip(node, error)
+                break
+            n_tokens += layout.block_tokens
+        pages.set_stored(self, n_tokens)  # type: ignore[arg-type]
+        self._set_positions(np.arange(n_tokens, dtype=np.int32))
+        self._set_lengths([n_tokens] * layout.n_layers)
+        self._n_cached = n_tokens
+        self._publish_first(n_tokens, tokens)
+
     def _forget_tokens(self, n_kept: int) -> None:
         """Rows from token `n_kept` on were dropped or rewritten, or are not of the tokens told."""
         if self._tokens is not None:
             self._tokens = self._tokens[: n_kept * TOKEN_BYTES]
         if self._lease is not None:
             self._lease = self._cache._prefixes.lease_at(self._lease, n_kept)
+
+
+def _read_block(node: Node, window: Window, layout: KVLayout) -> None:
+    """Read a block's rows from its file to where they lie in a window."""
+    if node.on_disk is None:  # another thread found it damaged
+        raise CacheFileError(f"KV block {node.block} of the prompt was damaged, and skipped")
+    spans = segments(layout, node.block)
+    buffers = [memoryview(window.view(span.start, span.nbytes, writable=True)) for span in spans]
+    try:
+        node.on_disk.read(buffers)
+    finally:
+        for buffer in buffers:
+            buffer.release()
 
 
 def _count_true(mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> int:

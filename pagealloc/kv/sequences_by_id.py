@@ -18,28 +18,37 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, cast
 
 from pagealloc.kv.prefix_hash import token_bytes
+from pagealloc.kv.prefix_index import Found
 from pagealloc.kv.sequence import Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pagealloc.kv.cache import KVCache
-    from pagealloc.kv.prefix_index import PrefixIndex
+    from pagealloc.kv.prefix_disk import DiskPrefixIndex
 
 __all__ = ["SequencesById"]
 
 # ruff: noqa: SLF001  cache and sequences are one unit
 
 
-class SequencesById:
+NOTHING = Found(None, [])
+
+
+class SequencesById(ABC):
     """The sequences of a cache."""
 
     __slots__ = ("_named", "_next_seq_ids", "_sequences")
 
-    _prefixes: PrefixIndex
+    _prefixes: DiskPrefixIndex
+
+    @abstractmethod
+    def _check_process(self) -> None:
+        """Raise ForkedError in a process that may only read the cache."""
 
     def __init__(self) -> None:
         self._sequences: dict[int, weakref.ref[Sequence]] = {}
@@ -74,6 +83,8 @@ class SequencesById:
             `seq_id` is negative, or an open sequence's; or `token_ids` are none.
         OutOfMemoryError
             The kernel refused the address range.
+        CacheFileError
+            A block of it in a file is damaged, see ``KVCache.load(on_error=...)``.
         ClosedError, ForkedError
             The cache is closed, or inherited through ``os.fork()``.
         """
@@ -84,17 +95,33 @@ class SequencesById:
         if isinstance(token_ids, int):
             raise TypeError(f"sequence({token_ids}): a number is given as seq_id={token_ids}")
         tokens = None if token_ids is None else token_bytes(token_ids)
-        lease = self._prefixes.find(tokens) if tokens else None
-        sequence = self._new_sequence(seq_id, evictable=evictable, for_fork=lease is not None)
-        sequence._tokens = tokens
-        if lease is not None:
-            try:
-                sequence._take_prefix(lease)
-            except BaseException:
-                sequence.close()
-                raise
+        self._check_process()
+        found = self._prefixes.find(tokens) if tokens else NOTHING
+        if not found.on_disk:
+            sequence = self._starting_with(found, tokens, seq_id, evictable=evictable)
+        else:
+            with self._prefixes.restoring:
+                found = self._prefixes.find(tokens or b"", is_again=True)
+                sequence = self._starting_with(found, tokens, seq_id, evictable=evictable)
         if seq_id is not None:
             self._named[seq_id] = sequence
+        return sequence
+
+    def _starting_with(
+        self, found: Found, tokens: bytes | None, seq_id: int | None, *, evictable: bool
+    ) -> Sequence:
+        """Return a new sequence with the rows that were found."""
+        is_found = found.lease is not None
+        sequence = self._new_sequence(seq_id, evictable=evictable, for_fork=is_found)
+        sequence._tokens = tokens
+        try:
+            if found.lease is not None:
+                sequence._take_prefix(found.lease)
+            if found.on_disk:
+                sequence._read_prefix(found.on_disk, tokens or b"")
+        except BaseException:
+            sequence.close()
+            raise
         return sequence
 
     def seq(self, seq_id: int) -> Sequence:

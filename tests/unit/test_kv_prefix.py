@@ -6,6 +6,17 @@ import threading
 import numpy as np
 import pytest
 from benches import import_bench
+from prefixes import (
+    BLOCK,
+    N_LAYERS,
+    ORDERS,
+    assert_rows,
+    compute,
+    layout_of,
+    n_cached,
+    publish,
+    rows_of,
+)
 
 from pagealloc.core.os_memory import page_size_bytes
 from pagealloc.errors import ClosedError, OutOfMemoryError
@@ -15,55 +26,14 @@ from pagealloc.kv.prefix_hash import hash_key, token_bytes
 import_bench()
 from bench.prefix_simulator import PrefixSimulator  # noqa: E402
 
-N_LAYERS, N_HEADS, HEAD_DIM, BLOCK = 2, 2, 64, 4
-ORDERS = ["interleaved", "split", "block"]
 PAGE_BYTES = page_size_bytes()
-
-
-def layout_of(order="block", max_tokens=64, **options):
-    return KVLayout(
-        N_LAYERS, N_HEADS, HEAD_DIM, max_tokens, order=order, block_tokens=BLOCK, **options
-    )
-
-
-def rows_of(tokens, *, start=0):
-    """Rows (T, L, 2, H, D) as a model's: each depends on all tokens up to its own."""
-    rows = np.empty((len(tokens) - start, N_LAYERS, 2, N_HEADS, HEAD_DIM), np.float16)
-    for i in range(start, len(tokens)):
-        seed = [int(token) for token in tokens[: i + 1]]
-        rows[i - start] = np.random.default_rng(seed).normal(size=rows.shape[1:])
-    return rows
-
-
-def compute(seq, tokens):
-    """Append the rows of the tokens that are not there yet."""
-    for row in rows_of(tokens, start=len(seq)):
-        seq.append_token(row)
-
-
-def publish(cache, tokens, **options):
-    with cache.sequence(tokens) as seq:
-        compute(seq, tokens)
-        return seq.publish(**options)
-
-
-def n_cached(cache, tokens):
-    with cache.sequence(tokens) as seq:
-        return seq.n_cached
-
-
-def assert_rows(seq, tokens):
-    expected = rows_of(tokens)
-    for layer in range(N_LAYERS):
-        np.testing.assert_array_equal(seq.k(layer, on_cross="copy"), expected[:, layer, 0])
-        np.testing.assert_array_equal(seq.v(layer, on_cross="copy"), expected[:, layer, 1])
 
 
 def published_paths(cache):
     """Published blocks of a token each, as tuples of tokens from the first on."""
     paths = set()
-    for node in cache.prefixes._nodes.values():
-        path = ()
+    for last in cache.prefixes._nodes.values():
+        path, node = (), last
         while node.parent is not None:
             path = (int.from_bytes(node.tokens, "little"), *path)
             node = node.parent
@@ -299,7 +269,7 @@ class TestOwners:
         """Two prompts of one hash: the second one is not found, and not published."""
         cache = KVCache(layout_of())
         index = cache.prefixes
-        index._hash = lambda data: b"the same"
+        index._hash = lambda _: b"the same"
         assert publish(cache, [1] * 4) == 4
         assert n_cached(cache, [2] * 4) == 0
         assert publish(cache, [2] * 4) == 0
@@ -466,7 +436,7 @@ class TestEvents:
             KVCache(layout_of(), on_prefix_event=3)
 
     def test_it_may_use_the_cache(self):
-        with KVCache(layout_of(), on_prefix_event=lambda event: cache.prefixes.stats()) as cache:
+        with KVCache(layout_of(), on_prefix_event=lambda _: cache.prefixes.stats()) as cache:
             publish(cache, [1] * 8)
             assert n_cached(cache, [1] * 8) == 8
 

@@ -1,0 +1,62 @@
+"""What a file of KV blocks says of the cache it came from: enough to make one like it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pagealloc.errors import CacheFileError
+from pagealloc.kv.layout import KVLayout
+from pagealloc.kv.rope import Rope
+
+if TYPE_CHECKING:
+    from pagealloc.kv.cache_file import CacheFile
+    from pagealloc.kv.quantisation import Quantisation
+
+__all__ = ["describe_cache", "options_of"]
+
+LAYOUT_FIELDS = (
+    "n_layers", "n_kv_heads", "head_dim", "v_head_dim", "max_tokens", "order", "block_tokens",
+    "pad_rows",
+)  # fmt: skip
+"""Of the layout; its pages are those of the machine that loads it."""
+
+
+def describe_cache(layout: KVLayout, quantisation: Quantisation | None) -> bytes:
+    """Return the description, JSON."""
+    fields = {name: getattr(layout, name) for name in LAYOUT_FIELDS}
+    fields |= {"k_dtype": str(layout.k_dtype), "v_dtype": str(layout.v_dtype)}
+    fields["rope"] = None if layout.rope is None else asdict(layout.rope)
+    described: dict[str, Any] = {"layout": fields, "quantisation": None}
+    if quantisation is not None:
+        stored = quantisation.cold_layout
+        described["quantisation"] = {
+            "k_type": str(stored.k_dtype),
+            "v_type": str(stored.v_dtype),
+            "rotate": quantisation.rotate,
+            "residual_tokens": quantisation.residual_tokens,
+        }
+    return json.dumps(described, sort_keys=True).encode()
+
+
+def options_of(file: CacheFile) -> tuple[KVLayout, dict[str, Any]]:
+    """Return the layout a file was saved from, and the arguments of `KVCache` that quantise.
+
+    Raises
+    ------
+    CacheFileError
+        It does not say, or what is impossible.
+    """
+    described = file.description
+    try:
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in described["layout"].items()
+        }
+        rope = fields.pop("rope")
+        layout = KVLayout(**fields, rope=None if rope is None else Rope(**rope))
+        quantisation = dict(described["quantisation"] or {})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CacheFileError(f"{file.path}: it does not describe a cache: {error}") from error
+    return layout, quantisation
