@@ -29,6 +29,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
+try:
+    from xxhash import xxh3_128
+except ImportError:  # an extra: what needs it says so
+    xxh3_128 = None
+
 from pagealloc.errors import CacheFileError
 from pagealloc.units import format_bytes
 
@@ -93,13 +98,9 @@ def checksum(parts: Iterable[Any]) -> bytes:
     ImportError
         The package xxhash is not installed.
     """
-    try:
-        import xxhash
-    except ImportError as error:
-        raise ImportError(
-            "files of KV blocks carry XXH3 checksums: pip install 'pagealloc[disk]'"
-        ) from error
-    state = xxhash.xxh3_128()
+    if xxh3_128 is None:
+        raise ImportError("files of KV blocks carry XXH3 checksums: pip install 'pagealloc[disk]'")
+    state = xxh3_128()
     for part in parts:
         state.update(part)
     digest: bytes = state.digest()

@@ -416,9 +416,8 @@ class TestOtherCaches:
 
 
 def test_without_xxhash(path, monkeypatch):
-    import sys
 
-    monkeypatch.setitem(sys.modules, "xxhash", None)
+    monkeypatch.setattr(cache_file, "xxh3_128", None)
     with pytest.raises(ImportError, match=r"pagealloc\[disk\]"):
         save(path)
     assert not list(path.parent.iterdir())
