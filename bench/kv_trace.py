@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pagealloc.kv import KVCache, KVLayout, Sequence
 
@@ -80,9 +81,15 @@ class Rows:
             seq.append_token(self.token)
 
 
+def prompt_ids(number: int) -> npt.NDArray[np.int32]:
+    """Return the token ids of one of the trace's prompts."""
+    return np.random.default_rng(number).integers(0, 49152, PROMPT_TOKENS, np.int32)
+
+
 def ours(shape: str, order: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Hold the trace's conversations in a cache."""
+    """Hold the trace's conversations in a cache; "found" in the options: by the prefix index."""
     cache_options = options.pop("cache", {})
+    is_found = options.pop("found", False)
     layout = layout_of(shape, order, **options)
     rows = Rows(layout)
     meter, start_ns = Meter(), time.perf_counter_ns()
@@ -90,9 +97,15 @@ def ours(shape: str, order: str, options: dict[str, Any]) -> dict[str, Any]:
     prompts = [cache.sequence() for _ in range(N_PROMPTS)]
     for prompt in prompts:
         rows.append(prompt, PROMPT_TOKENS)
+    if is_found:
+        for number, prompt in enumerate(prompts):
+            prompt.publish(prompt_ids(number))
     sequences = []
     for i, length in enumerate(LENGTHS):
-        seq = prompts[i % N_PROMPTS].fork(min(int(length), PROMPT_TOKENS))
+        if is_found:
+            seq = cache.sequence(prompt_ids(i % N_PROMPTS)[: int(length)])
+        else:
+            seq = prompts[i % N_PROMPTS].fork(min(int(length), PROMPT_TOKENS))
         rows.append(seq, int(length) - len(seq))
         sequences.append(seq)
     n_faults, ns = meter.n_faults, time.perf_counter_ns() - start_ns

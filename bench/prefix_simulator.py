@@ -92,6 +92,10 @@ class PrefixSimulator:
         if not self.leases[path]:
             del self.leases[path]
 
+    def unpin(self, path: Path) -> None:
+        """Take back the pins of a path and of its beginnings."""
+        self.pins -= {path[:end] for end in range(1, len(path) + 1)}
+
     def use(self, path: Path) -> None:
         """Somebody asked for exactly this."""
         self.now += 1

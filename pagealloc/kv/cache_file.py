@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 
 try:
-    from xxhash import xxh3_128
+    import xxhash
 except ImportError:  # an extra: what needs it says so
-    xxh3_128 = None
+    xxhash = None  # type: ignore[assignment]
 
 from pagealloc.errors import CacheFileError
 from pagealloc.units import format_bytes
@@ -98,9 +98,9 @@ def checksum(parts: Iterable[Any]) -> bytes:
     ImportError
         The package xxhash is not installed.
     """
-    if xxh3_128 is None:
+    if xxhash is None:
         raise ImportError("files of KV blocks carry XXH3 checksums: pip install 'pagealloc[disk]'")
-    state = xxh3_128()
+    state = xxhash.xxh3_128()
     for part in parts:
         state.update(part)
     digest: bytes = state.digest()

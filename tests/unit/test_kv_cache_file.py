@@ -417,7 +417,7 @@ class TestOtherCaches:
 
 def test_without_xxhash(path, monkeypatch):
 
-    monkeypatch.setattr(cache_file, "xxh3_128", None)
+    monkeypatch.setattr(cache_file, "xxhash", None)
     with pytest.raises(ImportError, match=r"pagealloc\[disk\]"):
         save(path)
     assert not list(path.parent.iterdir())

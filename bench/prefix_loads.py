@@ -1,0 +1,62 @@
+"""Works of the prefix benchmark in a process of their own: ``python -m bench.prefix_loads WORK PATH``.
+
+Prints the nanoseconds that the work took.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pagealloc.kv import KVCache, KVLayout
+
+__all__ = ["PREFIX_TOKENS", "prefix_ids", "save_prefix"]
+
+PREFIX_TOKENS = 1000
+
+
+def prefix_ids() -> list[int]:
+    """Return the token ids of the prefix."""
+    return list(range(PREFIX_TOKENS))
+
+
+def save_prefix(path: Path) -> int:
+    """Save a published prefix of SmolLM2's shape; return how many tokens it has."""
+    layout = KVLayout(30, 3, 64, 8192, order="block")
+    rows = np.random.default_rng(0).normal(size=(PREFIX_TOKENS, 3, 64)).astype(np.float16)
+    with KVCache(layout) as cache:
+        seq = cache.sequence(prefix_ids())
+        for layer in range(layout.n_layers):
+            seq.append(layer, rows, rows)
+        n_tokens = seq.publish()
+        cache.save(path)
+    return n_tokens
+
+
+def read(path: Path) -> object:
+    """Read the file's bytes."""
+    return path.read_bytes()
+
+
+def load(path: Path) -> object:
+    """Open the file as a cache, and have a sequence begin with the prefix."""
+    cache = KVCache.load(path)
+    seq = cache.sequence(prefix_ids())
+    if seq.n_cached < PREFIX_TOKENS - cache.layout.block_tokens:
+        raise RuntimeError(f"only {seq.n_cached} tokens were found")
+    return seq
+
+
+def main() -> None:
+    work, path = {"read": read, "load": load}[sys.argv[1]], Path(sys.argv[2])
+    start_ns = time.perf_counter_ns()
+    kept = work(path)
+    print(time.perf_counter_ns() - start_ns)
+    del kept
+
+
+if __name__ == "__main__":
+    main()
