@@ -1,6 +1,6 @@
-"""Works of the prefix benchmark in a process of their own: ``python -m bench.prefix_loads WORK PATH``.
+"""Works of the prefix benchmark, each in a process of its own.
 
-Prints the nanoseconds that the work took.
+``python -m bench.prefix_loads WORK PATH`` prints the nanoseconds that the work took.
 """
 
 from __future__ import annotations

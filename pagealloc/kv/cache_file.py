@@ -44,7 +44,16 @@ if TYPE_CHECKING:
 
     Path = str | os.PathLike[str]
 
-__all__ = ["MAGIC", "NO_PARENT", "VERSION", "CacheFile", "Header", "checksum", "record_dtype"]
+__all__ = [
+    "MAGIC",
+    "NO_PARENT",
+    "VERSION",
+    "CacheFile",
+    "Header",
+    "checksum",
+    "is_cache_file",
+    "record_dtype",
+]
 
 MAGIC = b"PAGEALKV"
 VERSION = 1
@@ -283,6 +292,20 @@ class CacheFile:
 
     def _error(self, what: str) -> CacheFileError:
         return CacheFileError(f"{self.path}: {what}")
+
+
+def is_cache_file(path: Path) -> bool:
+    """Whether a file begins as one of KV blocks does; false for what cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return os.pread(fd, len(MAGIC), 0) == MAGIC
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _open(path: str) -> int:
