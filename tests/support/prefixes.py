@@ -1,10 +1,13 @@
 """Prompts, and the rows that a model would compute for them: each depends on all tokens before."""
 
+import functools
+
 import numpy as np
 
 from pagealloc.kv import KVLayout
 
 N_LAYERS, N_HEADS, HEAD_DIM, BLOCK = 2, 2, 64, 4
+ROWS_OF_TOKEN = (N_LAYERS, 2, N_HEADS, HEAD_DIM)
 ORDERS = ["interleaved", "split", "block"]
 
 
@@ -16,11 +19,15 @@ def layout_of(order="block", max_tokens=64, **options):
 
 def rows_of(tokens, *, start=0):
     """Rows (T, L, 2, H, D) as a model's: each depends on all tokens up to its own."""
-    rows = np.empty((len(tokens) - start, N_LAYERS, 2, N_HEADS, HEAD_DIM), np.float16)
+    rows = np.empty((len(tokens) - start, *ROWS_OF_TOKEN), np.float16)
     for i in range(start, len(tokens)):
-        seed = [int(token) for token in tokens[: i + 1]]
-        rows[i - start] = np.random.default_rng(seed).normal(size=rows.shape[1:])
+        rows[i - start] = last_rows(tuple(int(token) for token in tokens[: i + 1]))
     return rows
+
+
+@functools.lru_cache(maxsize=20_000)
+def last_rows(tokens):
+    return np.random.default_rng(tokens).normal(size=ROWS_OF_TOKEN).astype(np.float16)
 
 
 def compute(seq, tokens):

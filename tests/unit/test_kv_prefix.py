@@ -18,7 +18,7 @@ from prefixes import (
     rows_of,
 )
 
-from pagealloc.core.os_memory import page_size_bytes
+from pagealloc.core.os_memory import huge_page_size_bytes, page_size_bytes
 from pagealloc.errors import ClosedError, OutOfMemoryError
 from pagealloc.kv import KVCache, KVLayout, PrefixEvent, Rope
 from pagealloc.kv.prefix_hash import hash_key, token_bytes
@@ -27,6 +27,9 @@ import_bench()
 from bench.prefix_simulator import PrefixSimulator  # noqa: E402
 
 PAGE_BYTES = page_size_bytes()
+HUGE_PAGES_OF_2_MIB = pytest.mark.skipif(
+    huge_page_size_bytes() > 2 << 20, reason="the blocks of this test fill huge pages, of 2 MiB"
+)
 
 
 def published_paths(cache):
@@ -354,9 +357,10 @@ class TestEviction:
             assert_rows(seq, [1] * 24)
             seq.close()
 
+    @HUGE_PAGES_OF_2_MIB
     def test_ends_go_first_and_chunks_whole(self):
         """Of one branch a whole chunk goes at a time."""
-        page_bytes = 2 << 20 >> 2
+        page_bytes = huge_page_size_bytes() >> 2
         layout = layout_of(page_bytes=page_bytes)
         assert layout.block_bytes == page_bytes
         with KVCache(layout) as cache:
@@ -366,11 +370,12 @@ class TestEviction:
                 left.append(cache.prefixes.stats().n_blocks)
             assert left == [8, 4, 0]
 
+    @HUGE_PAGES_OF_2_MIB
     @pytest.mark.parametrize("policy", ["lru", "lfu", "bytes"])
     @pytest.mark.parametrize("blocks_per_chunk", [1, 4])
     def test_as_the_plain_simulator(self, policy, blocks_per_chunk):
         """The same blocks after every step, for a thousand random steps."""
-        page_bytes = (2 << 20) // blocks_per_chunk
+        page_bytes = huge_page_size_bytes() // blocks_per_chunk
         layout = KVLayout(1, 1, 8, 64, order="block", block_tokens=1, page_bytes=page_bytes)
         capacity = 40
         rng = np.random.default_rng(blocks_per_chunk)
