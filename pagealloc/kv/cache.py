@@ -536,7 +536,9 @@ class KVCache(SequencesById):
             raise ValueError(f"on_error={on_error!r}: 'raise' and 'skip' are possible")
         file = CacheFile(path)
         saved, quantisation = options_of(file)
-        cache = cls(layout or saved, **quantisation, **options)
+        if not options.keys() & {"quantize", "k_type", "v_type"}:
+            options = quantisation | options
+        cache = cls(layout or saved, **options)
         try:
             cache._prefixes.on_error = on_error
             cache._prefixes.adopt(file)

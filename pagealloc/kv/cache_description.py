@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pagealloc.errors import CacheFileError
 from pagealloc.kv.layout import KVLayout
+from pagealloc.kv.quantisation import quantisation_of
 from pagealloc.kv.rope import Rope
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ LAYOUT_FIELDS = (
     "pad_rows",
 )  # fmt: skip
 """Of the layout; its pages are those of the machine that loads it."""
+QUANTISATION_FIELDS = ("k_type", "v_type", "rotate", "residual_tokens")
 
 
 def describe_cache(layout: KVLayout, quantisation: Quantisation | None) -> bytes:
@@ -56,7 +58,13 @@ def options_of(file: CacheFile) -> tuple[KVLayout, dict[str, Any]]:
         }
         rope = fields.pop("rope")
         layout = KVLayout(**fields, rope=None if rope is None else Rope(**rope))
-        quantisation = dict(described["quantisation"] or {})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        quantisation = described["quantisation"] or {}
+        if quantisation:
+            quantisation = {name: quantisation[name] for name in QUANTISATION_FIELDS}
+            types = quantisation["k_type"], quantisation["v_type"]
+            quantisation_of(
+                layout, None, types, quantisation["rotate"], quantisation["residual_tokens"]
+            )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CacheFileError(f"{file.path}: it does not describe a cache: {error}") from error
     return layout, quantisation

@@ -7,7 +7,7 @@ Structure
 
         0               header      HEADER, then the description: JSON of what the rows are
         index_offset    index       a record a block: parent (its number; NO_PARENT: the first of a
-                                    prompt), token ids, checksum of its rows
+                                    prompt), token ids, checksum of these and of its rows
         blocks_offset   blocks      rows as one piece (`block_segments`), each on a page
 
     A parent has a smaller number than its children.  Checksums are XXH3, 128 bits: they find damage
@@ -145,8 +145,8 @@ class CacheFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = os.fspath(path)
         self._fd = -1
+        self.path = os.fspath(path)
         self._fd = _open(self.path)
         self.nbytes = os.fstat(self._fd).st_size
         self.header = self._read_header()
@@ -217,10 +217,12 @@ class CacheFile:
                 f"{self.place(block)} is truncated: the file ends after {self.nbytes} bytes, the "
                 f"block at {offset + header.block_bytes}"
             )
-        if checksum(buffers) != self.records["checksum"][block].tobytes():
+        record = self.records[block].tobytes()
+        head, digest = record[:-CHECKSUM_BYTES], record[-CHECKSUM_BYTES:]
+        if checksum([head, *buffers]) != digest:
             raise self._error(
                 f"{self.place(block)}, {format_bytes(header.block_bytes)} at byte {offset}, is "
-                "damaged: its rows do not match their checksum"
+                "damaged: its rows and tokens do not match their checksum"
             )
 
     def check_length(self) -> None:

@@ -25,8 +25,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pagealloc import page_size_bytes
 from pagealloc.kv.block_segments import block_piece_bytes, segments
 from pagealloc.kv.cache_file import HEADER, IOV_MAX, NO_PARENT, Header, checksum, record_dtype
@@ -126,7 +124,7 @@ class _Writer:
         self.block_bytes = block_piece_bytes(index.layout)
         self.block_stride = round_up(self.block_bytes, page_size_bytes())
         self.numbers: dict[Node, int] = {}
-        self.records: list[tuple[int, bytes, bytes]] = []  # parent, tokens, checksum
+        self.records: list[bytes] = []  # of record_dtype
         self.index_offset = round_up(HEADER.size + len(description), INDEX_ALIGNMENT)
         self.blocks_offset = 0
 
@@ -144,15 +142,10 @@ class _Writer:
 
         for run in runs:
             self._write_run(run, tell)
-        records = np.zeros(len(self.records), dtype)
-        for number, (parent, tokens, digest) in enumerate(self.records):
-            records[number]["parent"] = parent
-            records[number]["tokens"] = np.frombuffer(tokens, "<i4")
-            records[number]["checksum"] = np.frombuffer(digest, np.uint8)
-        data = records.tobytes()
+        data = b"".join(self.records)
         header = Header(
             block_tokens=self.index.layout.block_tokens,
-            n_blocks=len(records),
+            n_blocks=len(self.records),
             block_bytes=self.block_bytes,
             block_stride=self.block_stride,
             index_offset=self.index_offset,
@@ -164,7 +157,7 @@ class _Writer:
         os.ftruncate(self.fd, header.file_bytes)
         _write_all(self.fd, [memoryview(data)], self.index_offset)
         _write_all(self.fd, [memoryview(header.pack())], 0)
-        return len(records)
+        return len(self.records)
 
     def _write_run(self, run: list[Node], tell: Callable[[], None]) -> None:
         """Write consecutive blocks: those in memory, then those in a file."""
@@ -196,7 +189,8 @@ class _Writer:
                 return  # it was evicted before its turn, and so were its children
             parent = self.numbers[node.parent]
         number = self.numbers[node] = len(self.records)
-        self.records.append((parent, node.tokens, checksum(pieces)))
+        head = parent.to_bytes(4, "little") + node.tokens
+        self.records.append(head + checksum([head, *pieces]))
         _write_all(self.fd, pieces, self.blocks_offset + number * self.block_stride)
 
 

@@ -43,8 +43,8 @@ class DiskPrefixIndex(PrefixIndex):
         Raises
         ------
         CacheFileError
-            Its rows are of another kind, model or owner; or it is truncated, unless
-            ``on_error="skip"``.
+            Its rows are of another kind, model or owner; or it is truncated, or its tokens are
+            damaged, unless ``on_error="skip"``.
         """
         header = file.header
         if (header.root, header.block_tokens, header.block_bytes) != (
@@ -66,14 +66,19 @@ class DiskPrefixIndex(PrefixIndex):
                 node = None
                 if above is not None and file.has(number):
                     node = self._enter(above, file.tokens(number))
+                if node is not None and node.on_disk is not None:
+                    node = None  # no file has a block twice: its tokens were changed
                 if node is None:
                     n_damaged += 1
-                elif node.on_disk is None:
+                else:
                     node.on_disk = BlockOnDisk(file, number)
                 nodes.append(node)
             self.n_damaged_blocks += n_damaged
+        text = f"{file.path}: {n_damaged} of {header.n_blocks} blocks are lost"
+        if n_damaged and self.on_error == "raise":
+            raise CacheFileError(f"{text}: their tokens are damaged; on_error='skip' uses the rest")
         if n_damaged:
-            _warn(f"{file.path}: {n_damaged} of {header.n_blocks} blocks are lost and skipped")
+            _warn(f"{text} and skipped")
 
     def _enter(self, parent: Node, tokens: bytes) -> Node | None:
         """Return the node of a block, a new one if there is none; None if its hash is taken."""

@@ -9,6 +9,7 @@ from prefixes import assert_rows, layout_of, publish
 
 from pagealloc import CacheFileError
 from pagealloc.kv import KVCache
+from pagealloc.kv.cache_description import options_of
 from pagealloc.kv.cache_file import HEADER, CacheFile, Header, checksum
 
 PROMPTS = [[1] * 16, [1] * 8 + [2] * 8, [3] * 12]
@@ -49,7 +50,15 @@ def forge(rng, data, index):
         [*HEADER.unpack(data[:size])[3:-1], bytes(data[size:][: index[0] - size])]
     )
     header = header._replace(description=header.description.rstrip(b"\0"))
-    if rng.randrange(2):
+    kind = rng.randrange(3)
+    if kind == 0:
+        description = bytearray(header.description)
+        at = rng.randrange(len(description))
+        description[at : at + rng.randrange(3)] = rng.choice(
+            [b"0", b"-1", b"null", b"1e999", b"9" * 30, b'"', b"[]", b"{", b"true", b"\xff"]
+        )
+        header = header._replace(description=bytes(description))
+    elif kind == 1:
         field = rng.choice(Header._fields[:6])
         limit = 2**32 if field in ("block_tokens", "n_blocks") else 2**64
         value = rng.choice([0, 1, 3, 4, 5, 4096, 2**16, 2**31, 2**32 - 1, 2**50, 2**63])
@@ -105,6 +114,8 @@ def test_changed_files(path, duration_s):
 
 
 def use(path, on_error):
+    with CacheFile(path) as file:
+        options_of(file)
     with KVCache.load(path, layout_of(), on_error=on_error) as cache:
         for prompt in PROMPTS:
             with cache.sequence(prompt) as seq:

@@ -1,5 +1,6 @@
 """Published blocks in a file: what comes back, what must be refused, and what a kill leaves."""
 
+import json
 import os
 import stat
 import struct
@@ -362,16 +363,51 @@ class TestDamage:
             ("description", b"{}"), ("description", b"\xff"), ("description", b"[" * 100000),
             ("description", b'{"layout": {"n_layers": -1}, "quantisation": null}'),
             ("description", b'{"layout": [1], "quantisation": {"a": 1}}'),
+            ("quantisation", {"budget_bytes": 1}), ("quantisation", [1]),
+            ("quantisation", {"k_type": "q9", "v_type": 0, "rotate": 0, "residual_tokens": 0}),
         ],
     )  # fmt: skip
     def test_impossible_numbers(self, path, field, value):
         """With a checksum that fits."""
         save(path)
         with CacheFile(path) as file:
+            if field == "quantisation":
+                described = file.description | {field: value}
+                field, value = "description", json.dumps(described).encode()
             header = file.header._replace(**{field: value})
         damage(path, 0, header.pack())
         with pytest.raises(CacheFileError):
             KVCache.load(path)
+
+    def test_rows_of_other_tokens(self, path):
+        """The checksum of a block covers its tokens, even where the index's fits."""
+        save(path)
+        with CacheFile(path) as file:
+            records = file.records.copy()
+            records[1]["tokens"][0] = 9
+            header = file.header._replace(index_checksum=cache_file.checksum([records.tobytes()]))
+        damage(path, header.index_offset, records.tobytes())
+        damage(path, 0, header.pack())
+        with KVCache.load(path) as cache, pytest.raises(CacheFileError, match="rows and tokens"):
+            cache.sequence([1, 1, 1, 1, 9, 1, 1, 1])
+
+    def test_a_block_twice(self, path):
+        """What follows the second one was computed behind other tokens."""
+        save(path)
+        with CacheFile(path) as file:
+            records = file.records.copy()
+            assert records[6]["tokens"].tolist() == [3] * 4
+            records[6] = records[0]
+            header = file.header._replace(index_checksum=cache_file.checksum([records.tobytes()]))
+        damage(path, header.index_offset, records.tobytes())
+        damage(path, 0, header.pack())
+        with pytest.raises(CacheFileError, match="3 of 9 blocks are lost"):
+            KVCache.load(path)
+        with pytest.warns(RuntimeWarning, match="3 of 9"):
+            cache = KVCache.load(path, on_error="skip")
+        assert n_cached(cache, [1] * 4 + [3] * 8) == 4
+        assert n_cached(cache, PROMPTS[0]) == 16
+        cache.close()
 
     @pytest.mark.parametrize(("record", "parent"), [(0, 0), (3, 3), (3, 4), (3, 1 << 31)])
     def test_impossible_parents(self, path, record, parent):
@@ -406,6 +442,14 @@ class TestOtherCaches:
                 KVCache.load(path, layout)
         with pytest.raises(CacheFileError, match="kind of rows"):
             KVCache.load(path, quantize="recommended")
+
+    def test_what_the_file_says_of_quantising(self, path):
+        save(path, quantize="recommended", residual_tokens=0)
+        for options in ({}, {"residual_tokens": 8}, {"quantize": "recommended"}):
+            with KVCache.load(path, **options) as cache:
+                assert n_cached(cache, PROMPTS[0]) == 16
+        with pytest.raises(CacheFileError, match="kind of rows"):
+            KVCache.load(path, k_type="q8_0", v_type="q8_0")
 
     def test_other_arguments(self, path):
         save(path)

@@ -3,6 +3,7 @@
 import copy
 import errno
 import mmap
+import os
 import pickle
 import re
 import time
@@ -599,3 +600,85 @@ def test_a_share_costs_a_fraction_of_a_cold_copy():
         copied_ns.append(time.perf_counter_ns() - start_ns)
         fresh.close()
     assert min(copied_ns) >= 5 * min(shared_ns)
+
+
+# --- windows without addresses ---
+
+
+def test_a_window_without_addresses_keeps_pages(store):
+    parent = filled(store, 7)
+    keeper = Window(store, "2MiB", is_mapped=False)
+    assert (keeper.address, keeper.n_mappings, keeper.committed_bytes) == (0, 0, 0)
+    keeper.share_from(parent, 0, N_PAGES * PAGE)
+    assert keeper.committed_bytes == N_PAGES * PAGE
+    assert keeper.n_mappings == 0
+    assert not parent.is_private(0, PAGE)
+    parent.close()
+    assert store.committed_bytes == N_PAGES * PAGE
+    keeper.release(4 * PAGE, 8 * PAGE)
+    assert store.committed_bytes == 4 * PAGE
+    child = Window(store, "2MiB")
+    child.share_from(keeper, 0, 4 * PAGE)
+    assert bytes_of(child, 0, 4 * PAGE) == bytes([7]) * 4 * PAGE
+    child.make_private(0, PAGE)
+    write(child, 0, PAGE, 9)
+    child.close()
+    again = Window(store, "2MiB")
+    again.share_from(keeper, 0, 4 * PAGE)
+    assert bytes_of(again, 0, 4 * PAGE) == bytes([7]) * 4 * PAGE
+    keeper.check()
+    assert keeper.huge_bytes() == 0
+    assert "without addresses" in repr(keeper)
+    keeper.close()
+    assert keeper.closed
+    again.close()
+    assert store.committed_bytes == 0
+
+
+def test_what_takes_addresses_is_refused(store):
+    parent, keeper = filled(store), Window(store, "2MiB", is_mapped=False)
+    keeper.share_from(parent, 0, 4 * PAGE)
+    before = state(keeper)
+    for use in (
+        lambda: keeper.commit(4 * PAGE, PAGE),
+        lambda: keeper.make_private(0, PAGE),
+        lambda: keeper.move_pages([(PAGE, 0, PAGE)]),
+        lambda: keeper.view(0, PAGE),
+        lambda: keeper.view(0, PAGE, writable=True, holes="allowed"),
+    ):
+        with pytest.raises(ValueError, match="no addresses"):
+            use()
+    assert state(keeper) == before
+    keeper.close()
+    with pytest.raises(ClosedError):
+        keeper.commit(0, PAGE)
+
+
+def test_past_the_limit_of_mappings_pages_are_kept_all_the_same():
+    """There is nothing that could be copied from a window without addresses, nor to it."""
+    with ExtentStore(max_mappings=0) as store:
+        parent, keeper = filled(store), Window(store, "2MiB", is_mapped=False)
+        keeper.share_from(parent, 0, 4 * PAGE)
+        assert store.committed_bytes == N_PAGES * PAGE
+        child = Window(store, "2MiB")
+        child.share_from(keeper, 0, 4 * PAGE)
+        assert store.committed_bytes == N_PAGES * PAGE
+        for window in (parent, keeper, child):
+            window.close()
+
+
+def test_without_addresses_in_a_child(store):
+    parent, keeper = filled(store), Window(store, "2MiB", is_mapped=False)
+    keeper.share_from(parent, 0, 4 * PAGE)
+    child = os.fork()
+    if child == 0:
+        try:
+            same = keeper.committed_bytes == 4 * PAGE and bytes_of(parent, 0, 1) == b"\x01"
+            keeper.close()
+            os._exit(0 if same else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    keeper.check()
+    keeper.close()
+    parent.close()
