@@ -396,8 +396,8 @@ class TestDamage:
         save(path)
         with CacheFile(path) as file:
             records = file.records.copy()
-            assert records[6]["tokens"].tolist() == [3] * 4
-            records[6] = records[0]
+            assert records[4]["tokens"].tolist() == [3] * 4
+            records[4] = records[0]
             header = file.header._replace(index_checksum=cache_file.checksum([records.tobytes()]))
         damage(path, header.index_offset, records.tobytes())
         damage(path, 0, header.pack())
