@@ -171,9 +171,7 @@ def restore_rows(rounds: int) -> list[Row]:
     what = f"{n_tokens} of {PREFIX_TOKENS} tokens, {mib:.0f} MiB"
     cold = f"{what}: load() and sequence(), cold"
     return [
-        compare(
-            "restore", f"{what}: load() and sequence(), cold", 2, loaded, {READ: plain}, unit="ms"
-        ),
+        compare("restore", cold, 2, loaded, {READ: plain}, unit="ms"),
         limit_row(
             "restore",
             f"{what}: attach() and sequence() in another process",
