@@ -25,11 +25,11 @@ ctypedef struct extent_t:
     bint is_attached        # its window is open and may put pages here
     bint is_foreign         # its pages are another process's, in `fd`: read, never punched
     int fd                  # of a foreign extent
-    int64_t n_foreign_pages # how long the file was
+    int64_t n_foreign_pages     # how long the file was
     bint is_stale           # in the list of extents with stale pages
     int64_t n_references    # sum of refs over all its pages
-    interval_map_t refs     # page of the window -> windows that map it; 0: stale.  Of a foreign
-                            # extent one more, the other process's, so that no page is private
+    interval_map_t refs     # page of the window -> windows that map it, in a foreign extent one
+    #                         more: the other process, so that no page is private.  0: stale
     extent_t *next          # in its window's chain, or in the free list
     extent_t *next_stale
 
