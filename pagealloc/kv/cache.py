@@ -401,13 +401,13 @@ class KVCache(SequencesById):
         sequences = self.sequences
         windows = [window for sequence in sequences for window in sequence._pages.windows]
         n_views = sum(window.n_views for window in windows)
-        if self._server is not None:
-            self._server.close()
         self._warm.close_all()
         if n_views or self._store.n_windows > len(windows) + self._prefixes.n_windows:
             raise BufferError(
                 "cannot close the cache: arrays that k() and v() returned are still alive"
             )
+        if self._server is not None:
+            self._server.close()
         self._warm.purge_after_s = 0.0  # what closes from here on goes at once
         for sequence in sequences:
             sequence.close()
@@ -557,7 +557,7 @@ class KVCache(SequencesById):
         remote, block_bytes = self._remote, TOKEN_BYTES * self._layout.block_tokens
         if remote is None or n_found >= len(tokens) // block_bytes * self._layout.block_tokens:
             return None
-        found = remote.find(tokens)
+        found = remote.find(tokens[: TOKEN_BYTES * self._layout.max_tokens])
         return found if found is not None and found.n_tokens > n_found else None
 
     def _forget(self, sequence: Sequence) -> None:

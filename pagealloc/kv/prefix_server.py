@@ -29,6 +29,7 @@ import socket
 import stat
 import threading
 import time
+import traceback
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -170,33 +171,45 @@ class PrefixServer:
             self.path.unlink()
 
     def _accept(self) -> None:
-        with suppress(OSError):
+        try:
             connection, _ = self._listener.accept()
-            try:
-                prefix_wire.check_peer(connection)
-            except OSError:
-                connection.close()
-                return
-            connection.setblocking(False)  # noqa: FBT003  its only argument
-            client = _Client(connection)
-            self._clients[connection.fileno()] = client
-            self._selector.register(connection, selectors.EVENT_READ, client)
+        except OSError:  # no descriptor is free, say: the client waits, this thread does not spin
+            time.sleep(PATIENCE_STEP_S)
+            return
+        try:
+            prefix_wire.check_peer(connection)
+        except OSError:
+            connection.close()
+            return
+        connection.setblocking(False)  # noqa: FBT003  its only argument
+        client = _Client(connection)
+        self._clients[connection.fileno()] = client
+        self._selector.register(connection, selectors.EVENT_READ, client)
+        try:
             self._send(client, self._greeting)
+        except OSError as error:
+            self._refuse(client, str(error))
 
     def _attend(self, client: _Client, events: int) -> None:
         try:
             if events & selectors.EVENT_WRITE:
                 self._send(client, b"")
             if events & selectors.EVENT_READ:
-                data = client.connection.recv(RECEIVE_BYTES)
-                if not data:
-                    raise WireError("it hung up")
-                for message in client.reader.feed(data):
-                    self._answer(client, message)
+                self._read(client)
         except BlockingIOError:
             return
         except (OSError, PageallocError) as error:
             self._refuse(client, str(error))
+        except Exception as error:  # noqa: BLE001  on_prefix_event's, say: the others are served
+            traceback.print_exception(error)
+            self._refuse(client, "the owner could not answer")
+
+    def _read(self, client: _Client) -> None:
+        data = client.connection.recv(RECEIVE_BYTES)
+        if not data:
+            raise WireError("it hung up")
+        for message in client.reader.feed(data):
+            self._answer(client, message)
 
     def _answer(self, client: _Client, message: Message) -> None:
         if message.kind == prefix_wire.CLIENT and not client.is_welcome:

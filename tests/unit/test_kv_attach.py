@@ -267,6 +267,26 @@ def run_exit_handlers(cache):
     del cache
 
 
+def test_an_owner_whose_callback_fails(path, capfd):
+    """It says so, hangs up on who asked, and serves the next one."""
+    is_broken = []
+
+    def tell(event):
+        if is_broken and event.kind == "hit":
+            raise KeyError("of the callback")
+
+    with owner(on_prefix_event=tell) as cache, cache.serve(path):
+        is_broken.append(True)
+        with attach(path) as client:
+            with pytest.raises(WireError, match="could not answer"):
+                client.sequence(PROMPTS[0])
+            publish(client, PROMPTS[0])
+        is_broken.clear()
+        with attach(path) as client:
+            assert n_cached(client, PROMPTS[0]) == 16
+    assert "of the callback" in capfd.readouterr().err
+
+
 class TestWhoMayAttach:
     @pytest.mark.parametrize("options", [{}, {"salt": "b"}, {"salt": "a", "model": "other"}])
     def test_another_salt_or_model(self, path, options):
