@@ -257,6 +257,8 @@ class TestLeases:
             seq.close()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        os.close(ready)
+        os.close(told)
 
 
 def run_exit_handlers(cache):
