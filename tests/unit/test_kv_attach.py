@@ -246,17 +246,20 @@ class TestLeases:
             time.sleep(60)
 
         pid = child_of(own)
-        assert os.read(ready, 1) == b"!"
-        with attach(path) as client:
-            seq = client.sequence(PROMPTS[0])
-            os.kill(pid, signal.SIGSTOP)
-            assert n_cached(client, PROMPTS[2]) == 0
-            assert_rows(seq, PROMPTS[0])
-            os.kill(pid, signal.SIGCONT)
-            assert_rows(seq, PROMPTS[0])
-            seq.close()
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        try:
+            assert os.read(ready, 1) == b"!"
+            with attach(path) as client:
+                seq = client.sequence(PROMPTS[0])
+                os.kill(pid, signal.SIGSTOP)
+                assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+                assert n_cached(client, PROMPTS[2]) == 0
+                assert_rows(seq, PROMPTS[0])
+                os.kill(pid, signal.SIGCONT)
+                assert_rows(seq, PROMPTS[0])
+                seq.close()
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         os.close(ready)
         os.close(told)
 
