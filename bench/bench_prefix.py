@@ -20,7 +20,7 @@ import numpy as np
 
 from bench.bench_kv import in_process
 from bench.installed import ROOT, environment
-from bench.prefix_loads import PREFIX_TOKENS, save_prefix
+from bench.prefix_loads import PREFIX_TOKENS, cache_of_prefix
 from bench.prefix_threads import N_THREADS, run_threads, simulate, works_of
 from bench.report import machine
 from bench.rows import Row, RowsReport, compare, guarded, limit_row, median_ratio
@@ -155,17 +155,31 @@ def load_ns(work: str, path: Path) -> float:
 
 
 def restore_rows(rounds: int) -> list[Row]:
-    """Return the line of loading a prefix from a file in the page cache."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "prefix.kv")
-        n_tokens = save_prefix(path)
+    """Return the lines of a prefix from a file in the page cache, and from another process."""
+    with tempfile.TemporaryDirectory() as folder, cache_of_prefix() as cache:  # mode 0700
+        path, socket_path = Path(folder, "prefix.kv"), Path(folder, "socket")
+        n_tokens = cache.save(path) * cache.layout.block_tokens
         mib = path.stat().st_size / MIB
-        ours, plain = [], []
-        for _ in range(rounds):
-            plain.append(load_ns("read", path) / 1e6)
-            ours.append(load_ns("load", path) / 1e6)
-    work = f"{n_tokens} of {PREFIX_TOKENS} tokens, {mib:.0f} MiB: load() and sequence(), cold"
-    return [compare("restore", work, 2, ours, {READ: plain}, unit="ms")]
+        loaded, plain, attached = [], [], []
+        with cache.serve(socket_path) as server:
+            for _ in range(rounds):
+                plain.append(load_ns("read", path) / 1e6)
+                loaded.append(load_ns("load", path) / 1e6)
+                attached.append(load_ns("attach", socket_path) / 1e6)
+            while server.n_clients:  # the last one has just ended
+                time.sleep(0.001)
+    what = f"{n_tokens} of {PREFIX_TOKENS} tokens, {mib:.0f} MiB"
+    cold = f"{what}: load() and sequence(), cold"
+    return [
+        compare("restore", cold, 2, loaded, {READ: plain}, unit="ms"),
+        limit_row(
+            "restore",
+            f"{what}: attach() and sequence() in another process",
+            3,
+            statistics.median(attached),
+            "ms",
+        ),
+    ]
 
 
 # --- evicting -------------------------------------------------------------------------------------
@@ -208,7 +222,7 @@ def run(rounds: int) -> RowsReport:
     lines = {
         "lookup": ("long prompts", partial(lookup_rows, rounds)),
         "memory": ("the trace", partial(memory_rows, notes)),
-        "restore": ("from a file", partial(restore_rows, rounds)),
+        "restore": ("from a file and another process", partial(restore_rows, rounds)),
         "eviction": ("threads under a budget", eviction_rows),
     }
     rows: list[Row] = []

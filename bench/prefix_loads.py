@@ -13,7 +13,7 @@ import numpy as np
 
 from pagealloc.kv import KVCache, KVLayout
 
-__all__ = ["PREFIX_TOKENS", "prefix_ids", "save_prefix"]
+__all__ = ["PREFIX_TOKENS", "cache_of_prefix"]
 
 PREFIX_TOKENS = 1000
 
@@ -23,17 +23,16 @@ def prefix_ids() -> list[int]:
     return list(range(PREFIX_TOKENS))
 
 
-def save_prefix(path: Path) -> int:
-    """Save a published prefix of SmolLM2's shape; return how many tokens it has."""
+def cache_of_prefix() -> KVCache:
+    """Return a cache in which a prefix of SmolLM2's shape is published."""
     layout = KVLayout(30, 3, 64, 8192, order="block")
     rows = np.random.default_rng(0).normal(size=(PREFIX_TOKENS, 3, 64)).astype(np.float16)
-    with KVCache(layout) as cache:
-        seq = cache.sequence(prefix_ids())
+    cache = KVCache(layout)
+    with cache.sequence(prefix_ids()) as seq:
         for layer in range(layout.n_layers):
             seq.append(layer, rows, rows)
-        n_tokens = seq.publish()
-        cache.save(path)
-    return n_tokens
+        seq.publish()
+    return cache
 
 
 def read(path: Path) -> object:
@@ -43,7 +42,15 @@ def read(path: Path) -> object:
 
 def load(path: Path) -> object:
     """Open the file as a cache, and have a sequence begin with the prefix."""
-    cache = KVCache.load(path)
+    return begin(KVCache.load(path))
+
+
+def attach(path: Path) -> object:
+    """Attach to who serves there, and have a sequence begin with the prefix."""
+    return begin(KVCache.attach(path))
+
+
+def begin(cache: KVCache) -> object:
     seq = cache.sequence(prefix_ids())
     if seq.n_cached < PREFIX_TOKENS - cache.layout.block_tokens:
         raise RuntimeError(f"only {seq.n_cached} tokens were found")
@@ -51,7 +58,7 @@ def load(path: Path) -> object:
 
 
 def main() -> None:
-    work, path = {"read": read, "load": load}[sys.argv[1]], Path(sys.argv[2])
+    work, path = {"read": read, "load": load, "attach": attach}[sys.argv[1]], Path(sys.argv[2])
     start_ns = time.perf_counter_ns()
     kept = work(path)
     print(time.perf_counter_ns() - start_ns)

@@ -54,6 +54,7 @@ from pagealloc.errors import (
     OutOfMemoryError,
     PageallocError,
     PageBoundaryError,
+    WireError,
 )
 
 __version__ = "0.1.0"
@@ -83,6 +84,7 @@ __all__ = [
     "Run",
     "Window",
     "WindowView",
+    "WireError",
     "default_allocator",
     "get_include",
     "huge_page_size_bytes",

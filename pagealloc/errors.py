@@ -14,6 +14,7 @@ __all__ = [
     "OutOfMemoryError",
     "PageBoundaryError",
     "PageallocError",
+    "WireError",
 ]
 
 
@@ -67,6 +68,14 @@ class CacheFileError(PageallocError, ValueError):
 
     It is truncated, damaged, newer than this version, of another model or owner, or not safe to
     open; the message says which, and names the block.
+    """
+
+
+class WireError(PageallocError, OSError):
+    """Another process that owns published prefixes, or a client of them, cannot be dealt with.
+
+    It hung up, speaks another protocol, has rows of another model or owner, or says what it cannot
+    mean.
     """
 
 

@@ -23,9 +23,13 @@ ctypedef struct extent_t:
     int64_t first_page      # where it starts in the file
     int order               # it covers 2**order huge pages of file offsets
     bint is_attached        # its window is open and may put pages here
+    bint is_foreign         # its pages are another process's, in `fd`: read, never punched
+    int fd                  # of a foreign extent
+    int64_t n_foreign_pages     # how long the file was
     bint is_stale           # in the list of extents with stale pages
     int64_t n_references    # sum of refs over all its pages
-    interval_map_t refs     # page of the window -> windows that map it; 0: stale
+    interval_map_t refs     # page of the window -> windows that map it, in a foreign extent one
+    #                         more: the other process, so that no page is private.  0: stale
     extent_t *next          # in its window's chain, or in the free list
     extent_t *next_stale
 
@@ -65,6 +69,7 @@ ctypedef struct store_t:
     bint is_hugetlb             # the file is of huge pages from the machine's pool
     bint wants_huge_pages       # pages are to be collapsed to huge ones
     bint wants_folios           # a page is a folio, which the kernel has to be advised of
+    bint keeps_pages            # nothing is punched any more: other processes read on
     int64_t budget_pages
     int64_t max_mappings
     int64_t n_file_pages        # file offsets given to extents so far
@@ -107,6 +112,9 @@ cdef void store_count_mappings(store_t *store, int64_t delta) noexcept nogil
 cdef bint store_may_map(const store_t *store, int64_t n_mappings) noexcept nogil
 
 cdef int extent_new(store_t *store, int64_t n_pages, extent_t **extent) noexcept nogil
+cdef int extent_foreign(
+    store_t *store, int fd, int64_t n_pages, extent_t **extent
+) noexcept nogil
 cdef void extent_detach(store_t *store, extent_t *extent) noexcept nogil
 cdef void extent_book(
     store_t *store, extent_t *extent, int64_t first_page, int64_t n_pages

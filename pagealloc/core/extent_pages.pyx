@@ -175,7 +175,7 @@ cdef void punch_unused(
     cdef interval_t run
     cdef int error
     while imap_next(&extent.refs, &page, end_page, &run):
-        if run.value:
+        if run.value or store.keeps_pages:
             continue
         error = os_file_punch(
             store.fd, extent_offset(store, extent, run.first_page), run.n_pages * store.page_bytes
@@ -234,15 +234,52 @@ cdef int extent_new(store_t *store, int64_t n_pages, extent_t **found) noexcept 
         if error:
             free(extent)
             return error
-        extent.first_page = store.n_file_pages
-        extent.order = order
-        store.extents[store.n_extents] = extent
-        store.n_extents += 1
-        store.n_file_pages += length_pages
+        enter_extent(store, extent, order)
     extent.next = NULL
     extent.is_attached = True
     found[0] = extent
     return 0
+
+
+cdef int extent_foreign(
+    store_t *store, int fd, int64_t n_pages, extent_t **found
+) noexcept nogil:
+    """An extent for the first pages of another process's file, which `fd` is open for reading.
+
+    It takes offsets of the own file, where nothing will ever be.  From here on the fd is its.
+    """
+    cdef int order = 0
+    cdef extent_t *extent
+    while order < N_ORDERS and store.pages_per_huge << order < n_pages:
+        order += 1
+    if (
+        order == N_ORDERS
+        or store.pages_per_huge << order > INT64_MAX // store.page_bytes - store.n_file_pages
+    ):
+        return EFBIG
+    if reserve_extent(store):
+        return ENOMEM
+    extent = <extent_t *>calloc(1, sizeof(extent_t))
+    if extent == NULL:
+        return ENOMEM
+    if imap_set(&extent.refs, 0, n_pages, 1):
+        free(extent)
+        return ENOMEM
+    extent.is_foreign = extent.is_attached = True
+    extent.fd = fd
+    extent.n_foreign_pages = n_pages
+    enter_extent(store, extent, order)
+    found[0] = extent
+    return 0
+
+
+cdef void enter_extent(store_t *store, extent_t *extent, int order) noexcept nogil:
+    """Give it the next offsets of the file.  Room is reserved."""
+    extent.first_page = store.n_file_pages
+    extent.order = order
+    store.extents[store.n_extents] = extent
+    store.n_extents += 1
+    store.n_file_pages += extent_pages(store, extent)
 
 
 cdef int reserve_extent(store_t *store) noexcept nogil:
@@ -319,6 +356,8 @@ cdef void store_close_file(store_t *store) noexcept nogil:
     cdef int64_t i
     store.is_closed = True
     for i in range(store.n_extents):
+        if store.extents[i].is_foreign:
+            os_file_close(store.extents[i].fd)
         imap_destroy(&store.extents[i].refs)
         free(store.extents[i])
     free(store.extents)
@@ -345,7 +384,10 @@ cdef const char *store_broken_invariant(store_t *store, int64_t held_bytes) noex
             return "an extent's refs are no interval map"
         extent_references = 0
         for i in range(extent.refs.n_runs):
-            n_committed += extent.refs.runs[i].n_pages
+            if extent.is_foreign:
+                extent_references -= extent.refs.runs[i].n_pages
+            else:
+                n_committed += extent.refs.runs[i].n_pages
             extent_references += extent.refs.runs[i].n_pages * extent.refs.runs[i].value
             if extent.refs.runs[i].value < 0:
                 return "a page has fewer than no references"

@@ -28,6 +28,8 @@ from pagealloc.core.extent_pages cimport (
     STORE_CLOSED,
     STORE_FORKED,
     STORE_OVER_BUDGET,
+    extent_foreign,
+    extent_t,
     store_broken_invariant,
     store_close_file,
     store_enter,
@@ -221,6 +223,55 @@ cdef class ExtentStore:
             raise BufferError(f"the extent store has {n_open} open windows: close them first")
         if is_left:
             self.require(_errno.ENOMEM, "unmapping a window that nobody refers to", 0)
+
+    def add_foreign(self, fd: int, nbytes: int) -> int:
+        """Take another process's file, for windows to map pages of it, see `Window.share_foreign`.
+
+        Its pages cost this store no budget, are never written, and never punched.  The descriptor
+        is duplicated, and that closed with the store.
+
+        Parameters
+        ----------
+        fd : int
+            Open for reading.
+        nbytes : int
+            How long the file is, whole pages.
+
+        Returns
+        -------
+        int
+            Where the store has it.
+
+        Raises
+        ------
+        ValueError, OSError
+            It is no whole pages; the descriptor is none.
+        OutOfMemoryError, ClosedError, ForkedError
+        """
+        cdef int64_t n_bytes = PyNumber_Index(nbytes), page_bytes = self.books.page_bytes
+        cdef extent_t *extent = NULL
+        cdef int code, own_fd
+        if n_bytes <= 0 or n_bytes % page_bytes:
+            raise ValueError(f"nbytes={nbytes}: whole pages of {page_bytes} bytes are possible")
+        own_fd = os.dup(fd)
+        with nogil:
+            code = store_enter(self.books)
+            if code == 0:
+                code = extent_foreign(self.books, own_fd, n_bytes // page_bytes, &extent)
+                store_leave(self.books)
+        if code:
+            os.close(own_fd)
+        self.require(code, "adding a file", 0)
+        return extent.first_page * page_bytes
+
+    def keep_pages(self) -> None:
+        """From now on give no page back to the kernel: other processes read them on.
+
+        For a process that is about to end.
+        """
+        self.lock()
+        self.books.keeps_pages = True
+        store_leave(self.books)
 
     def trim(self) -> int:
         """Try again to give back what the kernel refused to take; return how many bytes it took.

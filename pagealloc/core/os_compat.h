@@ -17,6 +17,11 @@
 #ifndef MAP_NORESERVE
 #define MAP_NORESERVE 0
 #endif
+#if !defined(MFD_ALLOW_SEALING) && defined(__linux__)
+#define MFD_ALLOW_SEALING 0x0002U
+#elif !defined(__linux__)
+#define MFD_ALLOW_SEALING 0U
+#endif
 #ifndef MAP_HUGE_SHIFT
 #define MAP_HUGE_SHIFT 26
 #endif

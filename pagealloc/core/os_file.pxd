@@ -9,4 +9,7 @@ cdef int os_file_commit(int fd, int64_t offset, int64_t nbytes) noexcept nogil
 cdef int os_file_punch(int fd, int64_t offset, int64_t nbytes) noexcept nogil
 cdef int os_file_write(int fd, const void *source, size_t nbytes, int64_t offset) noexcept nogil
 cdef int64_t os_file_held_bytes(int fd) noexcept nogil
+cdef int os_map_file_to_read(
+    void *address, size_t nbytes, int fd, int64_t offset
+) noexcept nogil
 cdef int os_map_file(void *address, size_t nbytes, int fd, int64_t offset) noexcept nogil

@@ -28,6 +28,7 @@ from pagealloc.core.os_memory cimport (
 
 cdef extern from "os_compat.h" nogil:
     const int MAP_NORESERVE
+    const unsigned MFD_ALLOW_SEALING
     const unsigned MFD_CLOEXEC
     const unsigned MFD_HUGETLB
     const unsigned MAP_HUGE_SHIFT
@@ -49,7 +50,7 @@ cdef int os_file_create(const char *name, bint is_hugetlb, int *fd) noexcept nog
 
     `is_hugetlb`: of huge pages from the machine's pool, as large as a huge page is here.
     """
-    cdef unsigned flags = MFD_CLOEXEC
+    cdef unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING
     cdef int error
     if os_refused(CALL_MEMFD_CREATE):
         return errno
@@ -125,8 +126,21 @@ cdef int64_t os_file_held_bytes(int fd) noexcept nogil:
 
 cdef int os_map_file(void *address, size_t nbytes, int fd, int64_t offset) noexcept nogil:
     """Map the file's range over `address`, shared and writable, replacing what was mapped there."""
+    return map_file(address, nbytes, PROT_READ | PROT_WRITE, fd, offset)
+
+
+cdef int os_map_file_to_read(
+    void *address, size_t nbytes, int fd, int64_t offset
+) noexcept nogil:
+    """As os_map_file, of a file that may only be read."""
+    return map_file(address, nbytes, PROT_READ, fd, offset)
+
+
+cdef int map_file(
+    void *address, size_t nbytes, int protection, int fd, int64_t offset
+) noexcept nogil:
     if os_refused(CALL_MMAP) or mmap(
-        address, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, offset
+        address, nbytes, protection, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, offset
     ) == MAP_FAILED:
         return errno
     return 0

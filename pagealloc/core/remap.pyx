@@ -15,7 +15,7 @@ Units
 from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t
 
-from pagealloc.core.extent_pages cimport store_leave, store_may_map, window_t
+from pagealloc.core.extent_pages cimport extent_t, store_leave, store_may_map, window_t
 from pagealloc.core.huge_pages cimport collapse_completed_huge_pages
 from pagealloc.core.interval_map cimport imap_find, imap_next, imap_next_gap, interval_t
 from pagealloc.core.window_pages cimport (
@@ -120,6 +120,35 @@ cdef int window_share(
             code = plan_fresh(
                 &plan, piece.first_page, piece.first_page + piece.n_pages, NOTHING, other.address
             )
+    code = plan_apply(&plan, code)
+    store_leave(window.store)
+    return code
+
+
+cdef int window_share_foreign(
+    window_t *window, extent_t *extent, const shift_t *runs, int64_t n_runs
+) noexcept nogil:
+    """Map runs of another process's pages, in ascending order and apart, where nothing is."""
+    cdef plan_t plan = [window, NULL, 0, 0, 0]
+    cdef const shift_t *run
+    cdef interval_t taken
+    cdef int64_t page, i
+    cdef int code = enter_mapped(window)
+    if code:
+        return code
+    for i in range(n_runs):
+        run = &runs[i]
+        page = run.first_page
+        if imap_next(&window.sources, &page, run.first_page + run.n_pages, &taken):
+            code = WINDOW_TAKEN
+        elif window_has_writable_view(window, run.first_page, run.n_pages):
+            code = WINDOW_VIEWED
+        elif code == 0:
+            code = plan_move(
+                &plan, run.first_page, run.n_pages, NOTHING, place_t(extent, run.target_page)
+            )
+    if code == 0 and not store_may_map(window.store, 2 * n_runs):
+        code = ENOMEM
     code = plan_apply(&plan, code)
     store_leave(window.store)
     return code

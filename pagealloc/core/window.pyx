@@ -25,6 +25,8 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 from pagealloc.core.extent_pages cimport (
+    extent_at,
+    extent_t,
     store_is_frozen,
     store_leave,
     view_t,
@@ -40,6 +42,7 @@ from pagealloc.core.remap cimport (
     window_make_private,
     window_release,
     window_share,
+    window_share_foreign,
     window_shift,
 )
 from pagealloc.core.window_pages cimport (
@@ -221,6 +224,64 @@ cdef class Window:
             code = window_share(self.pages, other.pages, first_page, n_pages)
         if code:
             self.require(code, "share_from", offset, nbytes)
+
+    def share_foreign(self, file: int, runs: list[tuple[int, int, int]]) -> None:
+        """Map pages of another process's file, which can only be read here.
+
+        As with `share_from`, whoever wants to write calls `make_private` first.
+
+        Parameters
+        ----------
+        file : int
+            Where the store has it, see ``ExtentStore.add_foreign``.
+        runs : list of (offset, file_offset, nbytes)
+            Where in the window, where in the file, whole pages; ascending in the window, apart,
+            and uncommitted here.
+
+        Raises
+        ------
+        ValueError, PageBoundaryError
+            There is no such file; negative numbers, not whole pages, not in order, or committed
+            here; a run leaves the window or the file.
+        BufferError
+            A live writable view covers a part of it.
+        OutOfMemoryError
+            The kernel refused, or the process has too many mappings: all is as before.
+        ClosedError, ForkedError
+        """
+        cdef int64_t n_runs = len(runs), i, page_bytes = self.pages.store.page_bytes
+        cdef int64_t end_page = 0, first_page, file_page
+        cdef extent_t *extent
+        cdef int code
+        cdef shift_t *shifts = <shift_t *>malloc(<size_t>max(n_runs, 1) * sizeof(shift_t))
+        if shifts == NULL:
+            raise MemoryError("no memory to map another process's pages")
+        try:
+            first_page = PyNumber_Index(file) // page_bytes
+            self.store.lock()
+            extent = extent_at(self.pages.store, first_page)
+            if extent != NULL and (not extent.is_foreign or extent.first_page != first_page):
+                extent = NULL
+            store_leave(self.store.books)
+            if extent == NULL:
+                raise ValueError(f"file={file}: the store has no such file of another process")
+            for i, (offset, file_offset, nbytes) in enumerate(runs):
+                self.find(offset, nbytes, True, &shifts[i].first_page, &shifts[i].n_pages)
+                if shifts[i].first_page < end_page or not shifts[i].n_pages:
+                    raise ValueError(f"the run at {offset} is empty, or does not follow the others")
+                end_page = shifts[i].first_page + shifts[i].n_pages
+                file_page = PyNumber_Index(file_offset) // page_bytes
+                if file_offset < 0 or file_offset % page_bytes:
+                    raise ValueError(f"file_offset={file_offset} is no page's")
+                if file_page + shifts[i].n_pages > extent.n_foreign_pages:
+                    raise PageBoundaryError(f"file_offset={file_offset}: the file ends before")
+                shifts[i].target_page = file_page
+            with nogil:
+                code = window_share_foreign(self.pages, extent, shifts, n_runs)
+        finally:
+            free(shifts)
+        if code:
+            self.require(code, "share_foreign", runs[0][0], runs[0][2])
 
     def make_private(self, offset: int, nbytes: int) -> int:
         """Copy the pages covering the range that other windows map, too, and map the copies.

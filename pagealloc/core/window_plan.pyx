@@ -56,7 +56,12 @@ from pagealloc.core.interval_map cimport (
     imap_set,
     interval_t,
 )
-from pagealloc.core.os_file cimport os_file_commit, os_file_write, os_map_file
+from pagealloc.core.os_file cimport (
+    os_file_commit,
+    os_file_write,
+    os_map_file,
+    os_map_file_to_read,
+)
 from pagealloc.core.os_memory cimport (
     os_populate_write,
     os_release,
@@ -260,10 +265,15 @@ cdef int64_t file_page_of(
 
 
 cdef int map_over(window_t *window, const move_t *move, place_t place) noexcept nogil:
+    cdef char *address = window.address + move.first_page * window.store.page_bytes
+    cdef size_t nbytes = <size_t>(move.n_pages * window.store.page_bytes)
+    if place.extent != NULL and place.extent.is_foreign:
+        return os_map_file_to_read(
+            address, nbytes, place.extent.fd, place.page * window.store.page_bytes
+        )
     return os_map_file(
-        window.address + move.first_page * window.store.page_bytes,
-        <size_t>(move.n_pages * window.store.page_bytes),
-        window.store.fd, file_page_of(window, move, place) * window.store.page_bytes,
+        address, nbytes, window.store.fd,
+        file_page_of(window, move, place) * window.store.page_bytes,
     )
 
 

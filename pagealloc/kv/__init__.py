@@ -43,7 +43,8 @@ quantised_pages (those of both windows), warm_windows, pressure (what is given u
 seq_ops (by position), prefix_hash (names of prefixes), prefix_stats, prefix_nodes, held_blocks
 (their pages), eviction (what goes first), prefix_index, block_segments (a block as one piece),
 cache_file (reading a file of them), prefix_disk (published blocks in files), cache_writer,
-cache_description, sequence_prefix, sequence, sequences_by_id, batches, cache.
+cache_description, prefix_wire (what processes say to each other), prefix_server, prefix_client,
+sequence_prefix, sequence, sequences_by_id, batches, cache.
 """
 
 from pagealloc.kv import quant
@@ -51,6 +52,7 @@ from pagealloc.kv.cache import KVCache
 from pagealloc.kv.error_stats import ErrorStats
 from pagealloc.kv.layout import KVLayout
 from pagealloc.kv.prefix_index import PrefixIndex
+from pagealloc.kv.prefix_server import PrefixServer
 from pagealloc.kv.prefix_stats import PrefixEvent, PrefixStats
 from pagealloc.kv.rope import Rope
 from pagealloc.kv.row_table import is_page_safe
@@ -64,6 +66,7 @@ __all__ = [
     "KVStats",
     "PrefixEvent",
     "PrefixIndex",
+    "PrefixServer",
     "PrefixStats",
     "Rope",
     "Sequence",

@@ -18,6 +18,7 @@ Locking
 
 from __future__ import annotations
 
+import fcntl
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
@@ -25,10 +26,12 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 from pagealloc import ExtentStore, Window
 from pagealloc.errors import (
     BackingUnavailableError,
+    CacheFileError,
     ClosedError,
     ForkedError,
     InvariantError,
     PageallocError,
+    WireError,
 )
 from pagealloc.kv.batches import append_batch, gather
 from pagealloc.kv.cache_description import describe_cache, options_of
@@ -37,8 +40,10 @@ from pagealloc.kv.cache_writer import save
 from pagealloc.kv.cold_rows import ColdRows
 from pagealloc.kv.layout import KVLayout
 from pagealloc.kv.lineage import count_distinct_tokens
+from pagealloc.kv.prefix_client import F_GET_SEALS, F_SEAL_SHRINK, RemotePrefixes
 from pagealloc.kv.prefix_disk import DiskPrefixIndex
-from pagealloc.kv.prefix_hash import describe_rows, hash_key
+from pagealloc.kv.prefix_hash import TOKEN_BYTES, describe_rows, hash_key
+from pagealloc.kv.prefix_server import PrefixServer
 from pagealloc.kv.pressure import Pressure
 from pagealloc.kv.quantisation import quantisation_of
 from pagealloc.kv.row_codecs import RowCodecs
@@ -55,6 +60,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from pagealloc.kv.eviction import Policy
+    from pagealloc.kv.prefix_client import RemoteFound
     from pagealloc.kv.prefix_disk import OnError
     from pagealloc.kv.prefix_stats import PrefixEvent
     from pagealloc.kv.row_formats import KVType
@@ -65,6 +71,7 @@ __all__ = ["KVCache"]
 Backing = Literal["auto", "base", "folios", "hugetlb"]
 
 FOLIO_BYTES = 64 << 10
+F_ADD_SEALS, F_SEAL_SEAL = 1033, 1  # as in prefix_client
 
 # ruff: noqa: SLF001  cache and sequences are one unit
 
@@ -147,7 +154,9 @@ class KVCache(SequencesById):
         "_prefixes",
         "_pressure",
         "_quantisation",
+        "_remote",
         "_salt",
+        "_server",
         "_store",
         "_table",
         "_warm",
@@ -201,6 +210,8 @@ class KVCache(SequencesById):
             on_prefix_event,
         )
         self._pid = os.getpid()
+        self._remote: RemotePrefixes | None = None
+        self._server: PrefixServer | None = None
         self._store = _new_store(layout, budget_bytes, backing)
         if layout.page_bytes % self._store.page_bytes:
             store_page_bytes = self._store.page_bytes
@@ -382,8 +393,8 @@ class KVCache(SequencesById):
         Raises
         ------
         BufferError
-            An array over a sequence's rows is still alive, and nothing was closed; or another
-            thread made a sequence meanwhile, and the others were.
+            An array over a sequence's rows is still alive, or other processes have prefixes, and
+            nothing was closed; or another thread made a sequence meanwhile, and the others were.
         """
         if self.closed:
             return
@@ -395,11 +406,15 @@ class KVCache(SequencesById):
             raise BufferError(
                 "cannot close the cache: arrays that k() and v() returned are still alive"
             )
+        if self._server is not None:
+            self._server.close()
         self._warm.purge_after_s = 0.0  # what closes from here on goes at once
         for sequence in sequences:
             sequence.close()
         self._prefixes.close()
         self._store.close()
+        if self._remote is not None:
+            self._remote.close()
 
     def _new_cold_rows(self, *, for_fork: bool) -> ColdRows | None:
         """Return the cold rows of a new sequence; None if the cache does not quantise."""
@@ -458,6 +473,97 @@ class KVCache(SequencesById):
         self._warm.close_all()
         self._store.trim()
         return max(0, before_bytes - self._store.committed_bytes)
+
+    # --- in other processes -------------------------------------------------------------------
+
+    def serve(self, path: str | os.PathLike[str]) -> PrefixServer:
+        """Lend published prefixes to other processes of this user, who `attach`.
+
+        A thread answers them.  Clients map pages read-only; while one has a prefix, its blocks are
+        not evicted, and neither the server nor the cache can be closed.  See docs/prefixes.md for
+        what a client is trusted with.
+
+        Parameters
+        ----------
+        path : path
+            Of a Unix socket, in a folder that only this user may open; made if it is missing.
+
+        Returns
+        -------
+        PrefixServer
+            To be closed before the cache, or with it.
+
+        Raises
+        ------
+        PermissionError, FileExistsError
+            Others may open the folder; another process serves there, or it is no socket.
+        ValueError
+            The cache serves already.
+        OSError
+            There can be no socket, or the kernel cannot seal the memory file.
+        """
+        self._check_process()
+        if self._server is not None and not self._server.closed:
+            raise ValueError(f"this cache serves at {self._server.path} already")
+        if not fcntl.fcntl(self._store.fd, F_GET_SEALS) & F_SEAL_SHRINK:
+            fcntl.fcntl(self._store.fd, F_ADD_SEALS, F_SEAL_SEAL | F_SEAL_SHRINK)
+        description = describe_cache(self._layout, self._quantisation)
+        self._server = PrefixServer(path, self._prefixes, self._store, description)
+        return self._server
+
+    @classmethod
+    def attach(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+        """Return a new cache that also finds what another process has published.
+
+        Its sequences start with the longest prefix that either has.  The owner's rows are mapped,
+        not copied, and can only be read; what comes behind them is this cache's own, in its budget.
+
+        Parameters
+        ----------
+        path : path
+            Of the socket at which the owner serves.
+        **options
+            As of `KVCache`; `model` and `salt` must be the owner's.  The layout, and how it
+            quantises, is taken from the owner.
+
+        Raises
+        ------
+        OSError
+            Nobody serves there, or not as this user.
+        WireError
+            The owner's rows are of another model or salt; or it is no owner.
+        """
+        remote = RemotePrefixes(path)
+        try:
+            try:
+                layout, quantisation = options_of(
+                    remote.description, remote.path, remote.page_bytes
+                )
+            except CacheFileError as error:
+                raise WireError(str(error)) from error
+            cache = cls(layout, **(quantisation | options))
+            try:
+                remote.join(cache._prefixes.root_key, cache.cold_layout.window_bytes, cache._store)
+                cache._remote = cache._prefixes.remote = remote
+            except BaseException:
+                cache.close()
+                raise
+        except BaseException:
+            remote.close()
+            raise
+        return cache
+
+    def _find_remote(self, tokens: bytes, n_found: int) -> RemoteFound | None:
+        remote, block_bytes = self._remote, TOKEN_BYTES * self._layout.block_tokens
+        if remote is None or n_found >= len(tokens) // block_bytes * self._layout.block_tokens:
+            return None
+        found = remote.find(tokens[: TOKEN_BYTES * self._layout.max_tokens])
+        return found if found is not None and found.n_tokens > n_found else None
+
+    def _forget(self, sequence: Sequence) -> None:
+        super()._forget(sequence)
+        if self._remote is not None:
+            self._remote.settle()
 
     # --- in files -----------------------------------------------------------------------------
 
@@ -535,7 +641,7 @@ class KVCache(SequencesById):
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r}: 'raise' and 'skip' are possible")
         file = CacheFile(path)
-        saved, quantisation = options_of(file)
+        saved, quantisation = options_of(file.header.description, file.path)
         if not options.keys() & {"quantize", "k_type", "v_type"}:
             options = quantisation | options
         cache = cls(layout or saved, **options)

@@ -12,7 +12,6 @@ from pagealloc.kv.quantisation import quantisation_of
 from pagealloc.kv.rope import Rope
 
 if TYPE_CHECKING:
-    from pagealloc.kv.cache_file import CacheFile
     from pagealloc.kv.quantisation import Quantisation
 
 __all__ = ["describe_cache", "options_of"]
@@ -42,20 +41,24 @@ def describe_cache(layout: KVLayout, quantisation: Quantisation | None) -> bytes
     return json.dumps(described, sort_keys=True).encode()
 
 
-def options_of(file: CacheFile) -> tuple[KVLayout, dict[str, Any]]:
-    """Return the layout a file was saved from, and the arguments of `KVCache` that quantise.
+def options_of(
+    data: bytes, whose: str, page_bytes: int | None = None
+) -> tuple[KVLayout, dict[str, Any]]:
+    """Return the layout that a description says, and the arguments of `KVCache` that quantise.
 
     Raises
     ------
     CacheFileError
         It does not say, or what is impossible.
     """
-    described = file.description
     try:
+        described = json.loads(data)
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in described["layout"].items()
         }
+        if page_bytes is not None:
+            fields["page_bytes"] = page_bytes
         rope = fields.pop("rope")
         layout = KVLayout(**fields, rope=None if rope is None else Rope(**rope))
         quantisation = described["quantisation"] or {}
@@ -65,6 +68,8 @@ def options_of(file: CacheFile) -> tuple[KVLayout, dict[str, Any]]:
             quantisation_of(
                 layout, None, types, quantisation["rotate"], quantisation["residual_tokens"]
             )
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CacheFileError(f"{file.path}: it does not describe a cache: {error}") from error
+    except (
+        ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        raise CacheFileError(f"{whose}: it does not describe a cache: {error}") from error
     return layout, quantisation

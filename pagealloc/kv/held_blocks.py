@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pagealloc import Window
     from pagealloc.kv.layout import KVLayout
     from pagealloc.kv.lineage import Cells
+    from pagealloc.kv.prefix_client import RemoteLease
     from pagealloc.kv.prefix_nodes import Node
 
 __all__ = ["HeldBlocks", "pages_of_blocks"]
@@ -65,9 +66,11 @@ class HeldBlocks:
         Which tokens these are, to count rows once.
     parent : Node
         The block before its first, or the root.
+    keeps : RemoteLease, optional
+        On pages among these that another process has.
     """
 
-    __slots__ = ("cells", "end", "first", "layout", "parent", "window")
+    __slots__ = ("cells", "end", "first", "keeps", "layout", "parent", "window")
 
     def __init__(
         self,
@@ -76,12 +79,14 @@ class HeldBlocks:
         blocks: tuple[int, int],
         cells: list[Cells],
         parent: Node,
+        keeps: RemoteLease | None = None,
     ) -> None:
         self.window = window
         self.layout = layout
         self.first, self.end = blocks
         self.cells = cells
         self.parent = parent
+        self.keeps = keeps
 
     def pages(self, first: int, end: int) -> list[Span]:
         """Return the pages of some of its blocks."""

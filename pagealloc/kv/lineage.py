@@ -12,6 +12,7 @@ Structure
         token  0 .......... 999  1000 ... 1039 | 1040 ......... length
 Invariants
     no cell number of an origin names two different tokens that anybody has
+    an origin below 0 is of tokens whose rows another process has
     n_settled == sum of the runs' tokens <= length of the sequence
 Locking
     None: the sequence's one writer.
@@ -117,9 +118,9 @@ def part(runs: Iterable[Cells], start: int, end: int) -> list[Cells]:
 
 
 def count_distinct_tokens(runs: Iterable[Cells]) -> int:
-    """Return how many tokens all these runs are, each counted once."""
+    """Return how many tokens all these runs are, each counted once; other processes' are not."""
     n_distinct, origin, reach = 0, -1, 0
-    for run in sorted(runs):
+    for run in sorted(run for run in runs if run.origin >= 0):
         if run.origin != origin:
             origin, reach = run.origin, 0
         end = run.first + run.n_tokens

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from pagealloc.kv.eviction import Policy
     from pagealloc.kv.layout import KVLayout
     from pagealloc.kv.lineage import Cells
+    from pagealloc.kv.prefix_client import RemoteLease, RemotePrefixes
 
 __all__ = ["PrefixIndex"]
 
@@ -107,6 +108,7 @@ class PrefixIndex:
         self._ended: deque[Node] = deque()
         self._events: deque[PrefixEvent] = deque()
         self.restoring = threading.RLock()
+        self.remote: RemotePrefixes | None = None  # of whose pages it may keep some
         self.n_damaged_blocks = 0
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -145,6 +147,11 @@ class PrefixIndex:
     def n_tokens(self, lease: Lease) -> int:
         """Return how many tokens a lease keeps."""
         return self._tokens_to(lease.node)
+
+    def n_found(self, found: Found) -> int:
+        """Return how many tokens were found."""
+        last = found.on_disk[-1] if found.on_disk else found.lease and found.lease.node
+        return self._tokens_to(last) if last else 0
 
     def parts(self, lease: Lease) -> tuple[list[tuple[Window, list[Span]]], list[Cells]]:
         """Return which pages of which windows hold a leased prefix, and whose tokens these are."""
@@ -203,7 +210,13 @@ class PrefixIndex:
     # --- publishing ---------------------------------------------------------------------------
 
     def publish(
-        self, source: Window, tokens: bytes, cells: list[Cells], *, is_pinned: bool
+        self,
+        source: Window,
+        tokens: bytes,
+        cells: list[Cells],
+        *,
+        is_pinned: bool,
+        keeps: RemoteLease | None = None,
     ) -> Lease | None:
         """Keep the whole blocks of a sequence, and return a lease on them; None if there are none.
 
@@ -218,6 +231,8 @@ class PrefixIndex:
             Of these tokens.
         is_pinned : bool
             Whether they are never to go.
+        keeps : RemoteLease, optional
+            On pages of the rows that another process has.
 
         Raises
         ------
@@ -232,7 +247,7 @@ class PrefixIndex:
             node, nodes = self._split(last)
             nodes += self._new_nodes(last, tokens, n_blocks)
             if nodes:
-                self._hold(nodes, source, cells)
+                self._hold(nodes, source, cells, keeps)
                 node = nodes[-1]
             if node is self._root:
                 return None
@@ -255,14 +270,17 @@ class PrefixIndex:
             nodes.append(parent)
         return nodes
 
-    def _hold(self, nodes: list[Node], source: Window, cells: list[Cells]) -> None:
+    def _hold(
+        self, nodes: list[Node], source: Window, cells: list[Cells], keeps: RemoteLease | None
+    ) -> None:
         """Take the rows of new blocks, one behind the other, and enter these."""
         first, end, parent = nodes[0].block, nodes[-1].block + 1, nodes[0].parent
         if parent is None:
             raise InvariantError("the root holds no rows")
         first_token, end_token = first * self.layout.block_tokens, end * self.layout.block_tokens
         own_cells = part(cells, first_token, end_token)
-        held = HeldBlocks(self._new_window(), self.layout, (first, end), own_cells, parent)
+        window = self._new_window()
+        held = HeldBlocks(window, self.layout, (first, end), own_cells, parent, keeps)
         try:
             held.take(source)
         except BaseException:
@@ -337,6 +355,7 @@ class PrefixIndex:
                 return False
             if held.first == held.end:
                 self._held.discard(held)
+                held.keeps = None
             for node in unit:
                 self._forget(node)
             parent = unit[-1].parent
@@ -453,6 +472,8 @@ class PrefixIndex:
 
     def deliver(self) -> None:
         """Tell what happened; without the lock."""
+        if self.remote is not None:
+            self.remote.settle()
         while self._on_event is not None and self._events:
             with suppress(IndexError):  # another thread was quicker
                 self._on_event(self._events.popleft())

@@ -24,10 +24,9 @@ from pagealloc.kv.ring_pages import RingPages
 from pagealloc.kv.row_pages import RowPages
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pagealloc import Window
-    from pagealloc.kv.boundary import Span
     from pagealloc.kv.cold_rows import ColdRows
     from pagealloc.kv.quantisation import Quantisation
     from pagealloc.kv.row_moves import GiveWay, Range
@@ -84,11 +83,11 @@ class QuantisedPages:
         self.cold.lend(_cold(rows))
         rows._ready = list(rows.layer_lengths)
 
-    def take(self, rows: Rows, lengths: list[int], parts: list[tuple[Window, list[Span]]]) -> None:
+    def take(self, rows: Rows, lengths: list[int], share: Callable[[Window], None]) -> None:
         """As `RowPages.take`; all these rows are packed."""
         cold = _cold(rows)
         self.cut(rows, [0] * len(lengths))
-        self.cold.take(cold, list(lengths), parts)
+        self.cold.take(cold, list(lengths), share)
         cold._set_lengths(lengths)
         rows._ready = lengths
 

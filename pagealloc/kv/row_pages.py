@@ -28,7 +28,7 @@ from pagealloc.kv import boundary, row_moves
 from pagealloc.kv.boundary import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pagealloc import Window
     from pagealloc.kv.layout import KVLayout
@@ -36,9 +36,16 @@ if TYPE_CHECKING:
     from pagealloc.kv.sequence import Sequence as Rows
     from pagealloc.kv.window_rows import WindowRows
 
-__all__ = ["RowPages"]
+__all__ = ["RowPages", "share_parts"]
 
 # ruff: noqa: SLF001  the rows of a sequence and the pages behind them are one unit
+
+
+def share_parts(window: Window, parts: list[tuple[Window, list[Span]]]) -> None:
+    """Map spans of other windows in a window."""
+    for other, spans in parts:
+        for span in spans:
+            window.share_from(other, span.start, span.nbytes)
 
 
 class RowPages:
@@ -179,7 +186,8 @@ class RowPages:
     ) -> None:
         """Map the pages of the first tokens of another's layers, where nothing is committed."""
         other.lend(other_rows)
-        self.take(rows, lengths, [(other.window, boundary.pages_of(self.layout, lengths))])
+        spans = boundary.pages_of(self.layout, lengths)
+        self.take(rows, lengths, lambda window: share_parts(window, [(other.window, spans)]))
 
     def lend(self, rows: WindowRows) -> None:
         """Others are about to share the pages of its rows: whoever writes looks at them again."""
@@ -189,10 +197,8 @@ class RowPages:
         rows._ready = list(rows.layer_lengths)
         self.has_shared = True
 
-    def take(
-        self, rows: WindowRows, lengths: list[int], parts: list[tuple[Window, list[Span]]]
-    ) -> None:
-        """Map pages of other windows for the first tokens of layers that have none.
+    def take(self, rows: WindowRows, lengths: list[int], share: Callable[[Window], None]) -> None:
+        """Map others' pages, by `share`, for the first tokens of layers that have none.
 
         Raises
         ------
@@ -206,9 +212,7 @@ class RowPages:
         self.surplus += boundary.overlap(self.spare, wanted)
         self.spare = boundary.subtract(self.spare, wanted)
         self._release_surplus()
-        for window, spans in parts:
-            for span in spans:
-                self.window.share_from(window, span.start, span.nbytes)
+        share(self.window)
 
     def settle(self, rows: WindowRows, give_way: GiveWay) -> None:
         """Nothing is to be done before rows are moved."""

@@ -110,6 +110,7 @@ class Sequence(SequencePrefix):
         )
         self._lineage = Lineage()
         self._lease = None
+        self._remote_lease = None
         self._tokens = None
         self._n_cached = 0
         cache._register(self)
@@ -278,6 +279,7 @@ class Sequence(SequencePrefix):
         child._pages.share(child, self._pages, self, lengths)  # type: ignore[arg-type]
         self._lineage.settle(len(self))
         child._lease, child._tokens = self._lease, self._tokens
+        child._remote_lease = self._remote_lease
         child._forget_tokens(n_tokens)
         child._lineage = Lineage(self._lineage.part(0, n_tokens))
         child._set_positions(self.positions[:n_tokens])
@@ -307,7 +309,7 @@ class Sequence(SequencePrefix):
             self._is_closed = False
             self._set_lengths(lengths)
             raise
-        self._lease = None
+        self._lease = self._remote_lease = None
         self._set_positions(self.positions[:0])
         self._cache._forget(self)
 

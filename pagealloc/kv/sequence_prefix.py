@@ -21,18 +21,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pagealloc.errors import CacheFileError
+from pagealloc.errors import CacheFileError, WireError
+from pagealloc.kv import boundary
 from pagealloc.kv.block_segments import segments
-from pagealloc.kv.lineage import Lineage
+from pagealloc.kv.boundary import Span
+from pagealloc.kv.lineage import Cells, Lineage
 from pagealloc.kv.prefix_hash import TOKEN_BYTES, token_bytes
 from pagealloc.kv.pressure import with_room
+from pagealloc.kv.row_pages import share_parts
 from pagealloc.kv.sequence_views import SequenceViews
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from pagealloc import Window
     from pagealloc.kv.layout import KVLayout
+    from pagealloc.kv.prefix_client import RemoteFound, RemoteLease
     from pagealloc.kv.prefix_nodes import Lease, Node
     from pagealloc.kv.quantised_pages import QuantisedPages
     from pagealloc.kv.row_pages import RowPages
@@ -45,12 +49,13 @@ __all__ = ["SequencePrefix"]
 class SequencePrefix(SequenceViews):
     """The part of `Sequence` that the prefix index is about."""
 
-    __slots__ = ("_lease", "_lineage", "_n_cached", "_pages", "_tokens")
+    __slots__ = ("_lease", "_lineage", "_n_cached", "_pages", "_remote_lease", "_tokens")
 
     _lease: Lease | None
     _lineage: Lineage
     _n_cached: int
     _pages: RowPages | QuantisedPages
+    _remote_lease: RemoteLease | None
     _tokens: bytes | None  # None: nobody told any
 
     @property
@@ -111,6 +116,7 @@ class SequencePrefix(SequenceViews):
             tokens[: n_tokens * TOKEN_BYTES],
             self._lineage.part(0, n_tokens),
             is_pinned=pin,
+            keeps=self._remote_lease,
         )
         if lease is None:
             return 0
@@ -138,12 +144,30 @@ class SequencePrefix(SequenceViews):
         OutOfMemoryError
             The kernel refused the mapping.
         """
-        layout, index = self._cache.layout, self._cache._prefixes
-        n_tokens = index.n_tokens(lease)
-        lengths = [n_tokens] * layout.n_layers
+        index = self._cache._prefixes
         parts, cells = index.parts(lease)
         self._lease = lease
-        self._pages.take(self, lengths, parts)  # type: ignore[arg-type]
+        self._take(index.n_tokens(lease), cells, lambda window: share_parts(window, parts))
+
+    def _take_remote(self, found: RemoteFound) -> None:
+        """Give an empty sequence the rows of another process, as long as it has the lease."""
+        layout = self._cache.cold_layout
+        lengths = [found.n_tokens] * layout.n_layers
+        runs = [(run.offset, run.file_offset, run.nbytes) for run in found.runs]
+        pages = [Span(offset, offset + nbytes) for offset, _, nbytes in runs]
+        if (
+            found.n_tokens % layout.block_tokens
+            or found.n_tokens > len(self._tokens or b"") // TOKEN_BYTES
+            or boundary.page_spans(layout, pages) != boundary.pages_of(layout, lengths)
+        ):
+            raise WireError(f"the owner's pages are not those of {found.n_tokens} tokens")
+        self._remote_lease = found.lease
+        cells = Cells(-1 - found.lease.number, 0, found.n_tokens)
+        self._take(found.n_tokens, [cells], lambda window: window.share_foreign(found.file, runs))
+
+    def _take(self, n_tokens: int, cells: list[Cells], share: Callable[[Window], None]) -> None:
+        lengths = [n_tokens] * self._cache.layout.n_layers
+        self._pages.take(self, lengths, share)  # type: ignore[arg-type]
         self._lineage = Lineage(cells)
         self._set_positions(np.arange(n_tokens, dtype=np.int32))
         self._set_lengths(lengths)

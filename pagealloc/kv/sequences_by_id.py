@@ -21,6 +21,7 @@ import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, cast
 
+from pagealloc.kv.prefix_client import RemoteFound
 from pagealloc.kv.prefix_hash import token_bytes
 from pagealloc.kv.prefix_index import Found
 from pagealloc.kv.sequence import Sequence
@@ -45,6 +46,10 @@ class SequencesById(ABC):
     __slots__ = ("_named", "_next_seq_ids", "_sequences")
 
     _prefixes: DiskPrefixIndex
+
+    @abstractmethod
+    def _find_remote(self, tokens: bytes, n_found: int) -> RemoteFound | None:
+        """Return what the owner has of a prompt, if it is more than what was found here."""
 
     @abstractmethod
     def _check_process(self) -> None:
@@ -97,7 +102,10 @@ class SequencesById(ABC):
         tokens = None if token_ids is None else token_bytes(token_ids)
         self._check_process()
         found = self._prefixes.find(tokens) if tokens else NOTHING
-        if not found.on_disk:
+        remote = self._find_remote(tokens or b"", self._prefixes.n_found(found))
+        if remote is not None:
+            sequence = self._starting_with(remote, tokens, seq_id, evictable=evictable)
+        elif not found.on_disk:
             sequence = self._starting_with(found, tokens, seq_id, evictable=evictable)
         else:
             with self._prefixes.restoring:
@@ -108,17 +116,25 @@ class SequencesById(ABC):
         return sequence
 
     def _starting_with(
-        self, found: Found, tokens: bytes | None, seq_id: int | None, *, evictable: bool
+        self,
+        found: Found | RemoteFound,
+        tokens: bytes | None,
+        seq_id: int | None,
+        *,
+        evictable: bool,
     ) -> Sequence:
         """Return a new sequence with the rows that were found."""
         is_found = found.lease is not None
         sequence = self._new_sequence(seq_id, evictable=evictable, for_fork=is_found)
         sequence._tokens = tokens
         try:
-            if found.lease is not None:
-                sequence._take_prefix(found.lease)
-            if found.on_disk:
-                sequence._read_prefix(found.on_disk, tokens or b"")
+            if isinstance(found, RemoteFound):
+                sequence._take_remote(found)
+            else:
+                if found.lease is not None:
+                    sequence._take_prefix(found.lease)
+                if found.on_disk:
+                    sequence._read_prefix(found.on_disk, tokens or b"")
         except BaseException:
             sequence.close()
             raise

@@ -115,7 +115,7 @@ def test_changed_files(path, duration_s):
 
 def use(path, on_error):
     with CacheFile(path) as file:
-        options_of(file)
+        options_of(file.header.description, file.path)
     with KVCache.load(path, layout_of(), on_error=on_error) as cache:
         for prompt in PROMPTS:
             with cache.sequence(prompt) as seq:
