@@ -2,6 +2,7 @@
 
 import os
 import random
+import select
 import signal
 import time
 
@@ -19,26 +20,22 @@ def prompt_of(rng):
     return [*rng.choice(SYSTEM), *tail][:24]
 
 
-def own(path, told, seed):
-    """Publish and evict for ever, and find nothing left when a client is gone."""
+def own(path, told, gone, seed):
+    """Publish and evict until told that the client is gone, and find nothing of it left."""
     rng = random.Random(seed)
     layout = layout_of()
     cache = KVCache(layout, purge_after_s=0, budget_bytes=60 * layout.block_bytes)
     server = cache.serve(path)
     os.write(told, b"!")
-    had_client = False
-    while True:
+    while not select.select([gone], [], [], 0)[0]:
         publish(cache, prompt_of(rng))
         if not rng.randrange(6):
             cache.prefixes.clear()
-        if had_client and not server.n_clients:
-            assert server.n_leases == 0
-            cache.check()
-            cache.prefixes.clear()
-            assert cache.stats().committed_bytes == 0
-            cache.close()
-            return
-        had_client |= bool(server.n_clients)
+    wait_for(lambda: not server.n_clients)
+    cache.check()
+    cache.prefixes.clear()
+    assert cache.stats().committed_bytes == 0
+    cache.close()
 
 
 def use(path, told, seed):
@@ -67,29 +64,47 @@ def use(path, told, seed):
     client.close()
 
 
+def run_once(path, seed, *, kills_owner):
+    """Start both, kill one, and wait for the other to end well."""
+    ready, told = os.pipe()
+    gone, goes = os.pipe()
+    living = set()
+    try:
+        owner = child_of(own, path, told, gone, seed)
+        living.add(owner)
+        assert os.read(ready, 1) == b"!"
+        client = child_of(use, path, told, seed + 1)
+        living.add(client)
+        assert os.read(ready, 1) == b"!"
+        time.sleep(random.uniform(0.001, 0.03))
+        killed, other = (owner, client) if kills_owner else (client, owner)
+        os.kill(killed, signal.SIGKILL)
+        assert exit_code(killed, living) == -signal.SIGKILL
+        os.write(goes, b"!")
+        assert exit_code(other, living) == 0
+    finally:
+        for pid in living:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for each in (ready, told, gone, goes):
+            os.close(each)
+
+
+def exit_code(pid, living):
+    """Wait for the end of a child, which lives no longer."""
+    ended = []
+    wait_for(lambda: ended.append(os.waitpid(pid, os.WNOHANG)) or ended[-1][0], timeout_s=60)
+    living.remove(pid)
+    return os.waitstatus_to_exitcode(ended[-1][1])
+
+
 def test_either_is_killed(tmp_path, duration_s):
     """Two hundred times, if some minutes are given; some times otherwise."""
     tmp_path.chmod(0o700)
     end_s = time.monotonic() + duration_s
-    n_runs, n_owners = 0, 0
+    n_runs = 0
     while n_runs < 4 or (time.monotonic() < end_s and n_runs < N_RUNS):
-        path, seed = tmp_path / f"socket{n_runs}", random.randrange(2**32)
-        ready, told = os.pipe()
-        owner = child_of(own, path, told, seed)
-        assert os.read(ready, 1) == b"!"
-        client = child_of(use, path, told, seed + 1)
-        assert os.read(ready, 1) == b"!"
-        time.sleep(random.uniform(0.001, 0.03))
-        kills_owner = n_runs % 2 == 0
-        killed, other = (owner, client) if kills_owner else (client, owner)
-        os.kill(killed, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == -signal.SIGKILL, seed
-        ended = []
-        wait_for(lambda other=other, ended=ended: ended.append(os.waitpid(other, os.WNOHANG))
-                 or ended[-1][0], timeout_s=60)  # fmt: skip
-        assert os.waitstatus_to_exitcode(ended[-1][1]) == 0, seed
+        seed = random.randrange(2**32)
+        print(f"run {n_runs}, seed {seed}")
+        run_once(tmp_path / f"socket{n_runs}", seed, kills_owner=n_runs % 2 == 0)
         n_runs += 1
-        n_owners += kills_owner
-        os.close(ready)
-        os.close(told)
-    print(f"{n_runs} runs, {n_owners} owners killed")
