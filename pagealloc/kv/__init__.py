@@ -41,10 +41,11 @@ tokens are whose), stats, error_stats, views and sequence_views (arrays as store
 moved or mapped elsewhere), row_pages (pages kept in step with lengths), ring_pages,
 quantised_pages (those of both windows), warm_windows, pressure (what is given up at the limit),
 seq_ops (by position), prefix_hash (names of prefixes), prefix_stats, prefix_nodes, held_blocks
-(their pages), eviction (what goes first), prefix_index, block_segments (a block as one piece),
-cache_file (reading a file of them), prefix_disk (published blocks in files), cache_writer,
-cache_description, prefix_wire (what processes say to each other), prefix_server, prefix_client,
-sequence_prefix, sequence, sequences_by_id, batches, cache.
+(their pages), eviction (what goes first), prefix_tree (looking up), prefix_index, block_segments (a
+block as one piece), cache_file (reading a file of them), prefix_disk (published blocks in files),
+cache_writer, cache_description, prefix_wire (what processes say to each other), prefix_server,
+prefix_client, sequence_prefix, sequence, sequences_by_id, cache_sharing (files and other
+processes), batches, cache.
 """
 
 from pagealloc.kv import quant

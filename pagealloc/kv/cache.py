@@ -18,7 +18,6 @@ Locking
 
 from __future__ import annotations
 
-import fcntl
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
@@ -26,29 +25,22 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 from pagealloc import ExtentStore, Window
 from pagealloc.errors import (
     BackingUnavailableError,
-    CacheFileError,
     ClosedError,
     ForkedError,
     InvariantError,
     PageallocError,
-    WireError,
 )
 from pagealloc.kv.batches import append_batch, gather
-from pagealloc.kv.cache_description import describe_cache, options_of
-from pagealloc.kv.cache_file import CacheFile
-from pagealloc.kv.cache_writer import save
+from pagealloc.kv.cache_sharing import CacheSharing
 from pagealloc.kv.cold_rows import ColdRows
 from pagealloc.kv.layout import KVLayout
 from pagealloc.kv.lineage import count_distinct_tokens
-from pagealloc.kv.prefix_client import F_GET_SEALS, F_SEAL_SHRINK, RemotePrefixes
 from pagealloc.kv.prefix_disk import DiskPrefixIndex
-from pagealloc.kv.prefix_hash import TOKEN_BYTES, describe_rows, hash_key
-from pagealloc.kv.prefix_server import PrefixServer
+from pagealloc.kv.prefix_hash import describe_rows, hash_key
 from pagealloc.kv.pressure import Pressure
 from pagealloc.kv.quantisation import quantisation_of
 from pagealloc.kv.row_codecs import RowCodecs
 from pagealloc.kv.row_table import RowTable
-from pagealloc.kv.sequences_by_id import SequencesById
 from pagealloc.kv.stats import KVStats, page_table_bytes
 from pagealloc.kv.warm_windows import WarmWindows
 from pagealloc.units import format_bytes
@@ -60,8 +52,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from pagealloc.kv.eviction import Policy
-    from pagealloc.kv.prefix_client import RemoteFound
-    from pagealloc.kv.prefix_disk import OnError
     from pagealloc.kv.prefix_stats import PrefixEvent
     from pagealloc.kv.row_formats import KVType
     from pagealloc.kv.sequence import Sequence
@@ -71,12 +61,11 @@ __all__ = ["KVCache"]
 Backing = Literal["auto", "base", "folios", "hugetlb"]
 
 FOLIO_BYTES = 64 << 10
-F_ADD_SEALS, F_SEAL_SEAL = 1033, 1  # as in prefix_client
 
 # ruff: noqa: SLF001  cache and sequences are one unit
 
 
-class KVCache(SequencesById):
+class KVCache(CacheSharing):
     """Holds the KV rows of any number of sequences.
 
     Parameters
@@ -148,16 +137,10 @@ class KVCache(SequencesById):
         "__weakref__",
         "_codecs",
         "_cold_table",
-        "_layout",
         "_page_table_bytes_before",
         "_pid",
-        "_prefixes",
         "_pressure",
-        "_quantisation",
-        "_remote",
         "_salt",
-        "_server",
-        "_store",
         "_table",
         "_warm",
     )
@@ -210,8 +193,6 @@ class KVCache(SequencesById):
             on_prefix_event,
         )
         self._pid = os.getpid()
-        self._remote: RemotePrefixes | None = None
-        self._server: PrefixServer | None = None
         self._store = _new_store(layout, budget_bytes, backing)
         if layout.page_bytes % self._store.page_bytes:
             store_page_bytes = self._store.page_bytes
@@ -473,185 +454,6 @@ class KVCache(SequencesById):
         self._warm.close_all()
         self._store.trim()
         return max(0, before_bytes - self._store.committed_bytes)
-
-    # --- in other processes -------------------------------------------------------------------
-
-    def serve(self, path: str | os.PathLike[str]) -> PrefixServer:
-        """Lend published prefixes to other processes of this user, who `attach`.
-
-        A thread answers them.  Clients map pages read-only; while one has a prefix, its blocks are
-        not evicted, and neither the server nor the cache can be closed.  See docs/prefixes.md for
-        what a client is trusted with.
-
-        Parameters
-        ----------
-        path : path
-            Of a Unix socket, in a folder that only this user may open; made if it is missing.
-
-        Returns
-        -------
-        PrefixServer
-            To be closed before the cache, or with it.
-
-        Raises
-        ------
-        PermissionError, FileExistsError
-            Others may open the folder; another process serves there, or it is no socket.
-        ValueError
-            The cache serves already.
-        OSError
-            There can be no socket, or the kernel cannot seal the memory file.
-        """
-        self._check_process()
-        if self._server is not None and not self._server.closed:
-            raise ValueError(f"this cache serves at {self._server.path} already")
-        if not fcntl.fcntl(self._store.fd, F_GET_SEALS) & F_SEAL_SHRINK:
-            fcntl.fcntl(self._store.fd, F_ADD_SEALS, F_SEAL_SEAL | F_SEAL_SHRINK)
-        description = describe_cache(self._layout, self._quantisation)
-        self._server = PrefixServer(path, self._prefixes, self._store, description)
-        return self._server
-
-    @classmethod
-    def attach(cls, path: str | os.PathLike[str], **options: Any) -> Self:
-        """Return a new cache that also finds what another process has published.
-
-        Its sequences start with the longest prefix that either has.  The owner's rows are mapped,
-        not copied, and can only be read; what comes behind them is this cache's own, in its budget.
-
-        Parameters
-        ----------
-        path : path
-            Of the socket at which the owner serves.
-        **options
-            As of `KVCache`; `model` and `salt` must be the owner's.  The layout, and how it
-            quantises, is taken from the owner.
-
-        Raises
-        ------
-        OSError
-            Nobody serves there, or not as this user.
-        WireError
-            The owner's rows are of another model or salt; or it is no owner.
-        """
-        remote = RemotePrefixes(path)
-        try:
-            try:
-                layout, quantisation = options_of(
-                    remote.description, remote.path, remote.page_bytes
-                )
-            except CacheFileError as error:
-                raise WireError(str(error)) from error
-            cache = cls(layout, **(quantisation | options))
-            try:
-                remote.join(cache._prefixes.root_key, cache.cold_layout.window_bytes, cache._store)
-                cache._remote = cache._prefixes.remote = remote
-            except BaseException:
-                cache.close()
-                raise
-        except BaseException:
-            remote.close()
-            raise
-        return cache
-
-    def _find_remote(self, tokens: bytes, n_found: int) -> RemoteFound | None:
-        remote, block_bytes = self._remote, TOKEN_BYTES * self._layout.block_tokens
-        if remote is None or n_found >= len(tokens) // block_bytes * self._layout.block_tokens:
-            return None
-        found = remote.find(tokens[: TOKEN_BYTES * self._layout.max_tokens])
-        return found if found is not None and found.n_tokens > n_found else None
-
-    def _forget(self, sequence: Sequence) -> None:
-        super()._forget(sequence)
-        if self._remote is not None:
-            self._remote.settle()
-
-    # --- in files -----------------------------------------------------------------------------
-
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        progress: Callable[[int, int], Any] | None = None,
-    ) -> int:
-        """Write all published blocks to a file, which is the old one until this one is complete.
-
-        Other threads may use the cache meanwhile.  Needs the package xxhash (``pagealloc[disk]``).
-
-        Parameters
-        ----------
-        path : path
-            A file that nobody but this user will be able to read.
-        progress : callable, optional
-            Called with how many blocks are written, and of how many.
-
-        Returns
-        -------
-        int
-            How many blocks were written.
-
-        Raises
-        ------
-        OSError
-            The file cannot be written; what was there is there.
-        CacheFileError
-            A block that is in another file only is damaged there.
-        OutOfMemoryError
-            There is no address space to map blocks.
-        """
-        self._check_process()
-        description = describe_cache(self._layout, self._quantisation)
-        with Window(self._store, self.cold_layout.window_bytes) as window:
-            return save(self._prefixes, window, path, description, progress)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        layout: KVLayout | None = None,
-        *,
-        on_error: OnError = "raise",
-        **options: Any,
-    ) -> Self:
-        """Return a new cache that finds the blocks of a file.
-
-        Reads the file's index only: rows are read, and verified, when a prompt first asks for them.
-        The file stays open; replacing or removing it is harmless.
-
-        Parameters
-        ----------
-        path : path
-            A file that `save` wrote: this user's, that nobody else may open, no symbolic link.
-        layout : KVLayout, optional
-            As saved by default.  `max_tokens`, `order` and `page_bytes` may differ.
-        on_error : {"raise", "skip"}
-            What a damaged or lost block does: raise when it is asked for, or be forgotten with the
-            blocks behind it, with a warning.
-        **options
-            As of `KVCache`.  `model` and `salt` must be those it was saved with; how it quantises
-            is taken from the file.
-
-        Raises
-        ------
-        CacheFileError
-            The file is not safe to open, damaged, truncated, newer, or of another model, salt or
-            kind of rows.
-        OSError
-            It cannot be read.
-        """
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error={on_error!r}: 'raise' and 'skip' are possible")
-        file = CacheFile(path)
-        saved, quantisation = options_of(file.header.description, file.path)
-        if not options.keys() & {"quantize", "k_type", "v_type"}:
-            options = quantisation | options
-        cache = cls(layout or saved, **options)
-        try:
-            cache._prefixes.on_error = on_error
-            cache._prefixes.adopt(file)
-        except BaseException:
-            cache.close()
-            raise
-        return cache
 
     def _check_open(self) -> None:
         if self._store.closed:

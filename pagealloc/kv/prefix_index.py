@@ -4,19 +4,13 @@ Purpose
     Find the longest prefix of a prompt whose rows are there, keep rows for prompts to come, and
     let go of what is worth least when memory is short.
 Structure
-    A node is a KV block behind all those before it; its key is the chained hash of all their
-    tokens (`prefix_hash`)::
+    `PrefixTree` has a node a block; a `HeldBlocks` keeps the pages of blocks that were published
+    together, in a window without addresses::
 
-        root -- a -- b -- c          HeldBlocks 0: blocks 0 to 2, published by one sequence
-                     `--- d -- e     HeldBlocks 1: blocks 2 to 3, by another one
-
-    Looking up costs a hash a block, whatever is published.  A hit compares the tokens too, block by
-    block from the root, so that a collision of hashes is a miss.
+        tokens -> PrefixTree: nodes -> HeldBlocks -> Window
+                                 `--> BlockOnDisk -> CacheFile
 Invariants
-    a node with rows in memory has a parent with such rows, or the root
-    every node has rows, in memory or in a file
-    n_children = nodes with rows in memory whose parent it is;  n_leases = live leases
-    a node has a ticket of the order of eviction iff it may go
+    every HeldBlocks has a node, and every node in memory one of them
     what an open sequence has from here, its lease keeps
 Locking
     One lock, held for books only: never while rows are copied, a callback runs, or memory is
@@ -30,19 +24,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter, deque
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pagealloc import huge_page_size_bytes
 from pagealloc.errors import InvariantError, PageallocError
 from pagealloc.kv import boundary
-from pagealloc.kv.eviction import EvictionOrder
 from pagealloc.kv.held_blocks import HeldBlocks
 from pagealloc.kv.lineage import part
-from pagealloc.kv.prefix_hash import TOKEN_BYTES, block_hash, token_bytes
-from pagealloc.kv.prefix_nodes import Lease, Node
+from pagealloc.kv.prefix_hash import TOKEN_BYTES, token_bytes
 from pagealloc.kv.prefix_stats import PrefixEvent, PrefixStats
+from pagealloc.kv.prefix_tree import PrefixTree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -53,6 +45,7 @@ if TYPE_CHECKING:
     from pagealloc.kv.layout import KVLayout
     from pagealloc.kv.lineage import Cells
     from pagealloc.kv.prefix_client import RemoteLease, RemotePrefixes
+    from pagealloc.kv.prefix_nodes import Lease, Node
 
 __all__ = ["PrefixIndex"]
 
@@ -66,7 +59,7 @@ class Found(NamedTuple):
     """Blocks behind these whose rows are in a file."""
 
 
-class PrefixIndex:
+class PrefixIndex(PrefixTree):
     """The published prefixes of one cache: ``cache.prefixes``.  Thread-safe.
 
     Users want `pin`, `unpin`, `clear` and `stats`; the rest serves sequences.
@@ -97,15 +90,9 @@ class PrefixIndex:
             raise TypeError(
                 f"on_prefix_event must be callable with the event, not {type(on_event).__name__}"
             )
-        self.layout = layout
-        self._hash = block_hash(key)
+        super().__init__(layout, key, eviction)
         self._new_window = new_window
-        self._order = EvictionOrder(eviction)
         self._on_event = on_event
-        self._block_bytes = layout.block_tokens * TOKEN_BYTES  # of token ids
-        self._root = Node(self._hash(b""), b"", None)
-        self._nodes: dict[bytes, Node] = {}
-        self._ended: deque[Node] = deque()
         self._events: deque[PrefixEvent] = deque()
         self.restoring = threading.RLock()
         self.remote: RemotePrefixes | None = None  # of whose pages it may keep some
@@ -113,11 +100,8 @@ class PrefixIndex:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._held: set[HeldBlocks] = set()
-        self._pinned: set[Node] = set()
-        self._n_blocks = 0  # in memory
-        self._now = 0  # operations so far: the clock of recency
         self._n_lookups = self._n_hits = self._n_asked_tokens = self._n_hit_tokens = 0
-        self._n_stored_blocks = self._n_evicted_blocks = self._n_collisions = 0
+        self._n_stored_blocks = self._n_evicted_blocks = 0
 
     # --- finding ------------------------------------------------------------------------------
 
@@ -181,32 +165,6 @@ class PrefixIndex:
                 node = node.parent
             return None if node is self._root else self._lease(node)
 
-    def _walk(self, tokens: bytes, n_blocks: int) -> Node:
-        """Return the last block of a prompt that is published, behind all before it; or the root.
-
-        This is all that a look-up costs: keep it short.
-        """
-        digest, find, width = self._hash, self._nodes.get, self._block_bytes
-        node = self._root
-        for start in range(0, n_blocks * width, width):
-            block = tokens[start : start + width]
-            child = find(digest(node.key + block))
-            if child is None:
-                break
-            if child.tokens != block or child.parent is not node:
-                self._n_collisions += 1
-                break
-            node = child
-        return node
-
-    def _split(self, node: Node) -> tuple[Node, list[Node]]:
-        """Return the last block in memory of a prefix, or the root, and those behind it."""
-        on_disk: list[Node] = []
-        while node.held is None and node.parent is not None:
-            on_disk.append(node)
-            node = node.parent
-        return node, on_disk[::-1]
-
     # --- publishing ---------------------------------------------------------------------------
 
     def publish(
@@ -258,18 +216,6 @@ class PrefixIndex:
         self.deliver()
         return lease
 
-    def _new_nodes(self, parent: Node, tokens: bytes, n_blocks: int) -> list[Node]:
-        """Return nodes for the blocks behind `parent`; not behind a hash that is taken."""
-        nodes: list[Node] = []
-        for block in range(parent.block + 1, n_blocks):
-            own = tokens[block * self._block_bytes : (block + 1) * self._block_bytes]
-            key = self._hash(parent.key + own)
-            if key in self._nodes:
-                break
-            parent = Node(key, own, parent)
-            nodes.append(parent)
-        return nodes
-
     def _hold(
         self, nodes: list[Node], source: Window, cells: list[Cells], keeps: RemoteLease | None
     ) -> None:
@@ -294,12 +240,6 @@ class PrefixIndex:
         self._n_blocks += len(nodes)
         self._n_stored_blocks += len(nodes)
         self._note("stored", first_token, nodes[-1])
-
-    def _add_child(self, node: Node) -> None:
-        parent = node.parent
-        if parent is not None:
-            parent.n_children += 1
-            self._order.discard(parent)
 
     # --- pins ---------------------------------------------------------------------------------
 
@@ -326,12 +266,6 @@ class PrefixIndex:
                     self._offer(node)
                 node = node.parent
         return n_pins
-
-    def _pin(self, node: Node) -> None:
-        if node is not self._root:
-            node.is_pinned = True
-            self._pinned.add(node)
-            self._order.discard(node)
 
     # --- evicting -----------------------------------------------------------------------------
 
@@ -368,40 +302,6 @@ class PrefixIndex:
         self.deliver()
         return True
 
-    def _unit_of(self, leaf: Node) -> list[Node]:
-        """Return a block and those before it in the same chunk of memory that may go with it."""
-        unit, node = [leaf], leaf.parent
-        while (
-            node is not None
-            and node.held is leaf.held
-            and node.n_children == 1
-            and not node.n_leases
-            and not node.is_pinned
-            and node.last_use <= leaf.last_use
-            and self._chunk_of(node) == self._chunk_of(leaf)
-        ):
-            unit.append(node)
-            node = node.parent
-        return unit
-
-    def _chunk_of(self, node: Node) -> int:
-        """Return in which chunk a block starts; in layer-major orders it has no place of its own.
-
-        There a chunk empties all the same, for one branch goes from its end on.
-        """
-        if self.layout.order != "block":
-            return node.block
-        return node.block * self.layout.block_bytes // huge_page_size_bytes()
-
-    def _forget(self, node: Node) -> None:
-        self._order.discard(node)
-        node.held = None
-        self._n_blocks -= 1
-        if node.on_disk is None:
-            del self._nodes[node.key]
-        if node.parent is not None:
-            node.parent.n_children -= 1
-
     def clear(self) -> int:
         """Let go of all blocks that nobody needs; return how many."""
         before = self._n_evicted_blocks
@@ -428,42 +328,6 @@ class PrefixIndex:
         if os.getpid() != self._pid:
             self._pid, self._lock = os.getpid(), threading.Lock()
         return self._lock
-
-    def _whole_blocks(self, tokens: bytes) -> int:
-        most = self.layout.max_tokens // self.layout.block_tokens
-        return min(len(tokens) // self._block_bytes, most)
-
-    def _tokens_to(self, node: Node) -> int:
-        return (node.block + 1) * self.layout.block_tokens
-
-    def _use(self, node: Node) -> None:
-        self._now += 1
-        node.last_use = self._now
-        node.n_hits += 1
-
-    def _lease(self, node: Node) -> Lease:
-        node.n_leases += 1
-        self._order.discard(node)
-        return Lease(node, self._ended)
-
-    def _settle(self) -> None:
-        """Read the notes of leases that ended."""
-        while self._ended:
-            node = self._ended.popleft()
-            node.n_leases -= 1
-            self._offer(node)
-
-    def _offer(self, node: Node) -> None:
-        """Put a block up for eviction, if it may go."""
-        if not node.may_go:
-            return
-        node.n_branch, above = 1, node.parent
-        while above is not None and above.held is not None and above.n_children == 1:
-            if above.n_leases or above.is_pinned:
-                break
-            node.n_branch += 1
-            above = above.parent
-        self._order.push(node)
 
     def _note(self, kind: Literal["stored", "hit", "evicted"], first_token: int, end: Node) -> None:
         if self._on_event is not None:
@@ -510,37 +374,11 @@ class PrefixIndex:
                 n_damaged_blocks=self.n_damaged_blocks,
             )
 
-    def _kept_by_pins(self) -> set[Node]:
-        kept: set[Node] = set()
-        for node in self._pinned:
-            above: Node | None = node
-            while above is not None and above not in kept and above is not self._root:
-                kept.add(above)
-                above = above.parent
-        return kept
-
     def check(self) -> None:
         """Raise InvariantError if what the module says must hold does not."""
         with self._guard():
             self._settle()
-            n_children: Counter[Node] = Counter()
-            for key, node in self._nodes.items():
-                parent, held = node.parent, node.held
-                if parent is None or (held is None and node.on_disk is None):
-                    raise InvariantError(f"block {node.block} has no rows")
-                if held is not None:
-                    n_children[parent] += 1
-                    if not held.first <= node.block < held.end:
-                        raise InvariantError(f"block {node.block} is not where it should be")
-                    if parent is not self._root and parent.held is None:
-                        raise InvariantError(f"block {node.block} has a parent without rows")
-                if key != node.key or key != self._hash(parent.key + node.tokens):
-                    raise InvariantError(f"block {node.block} is not what its hash says")
-                if bool(node.ticket) != node.may_go:
-                    raise InvariantError(f"block {node.block}: {node.ticket=}, {node.may_go=}")
-            for node in (self._root, *self._nodes.values()):
-                if node.n_children != n_children[node] or node.n_leases < 0:
-                    raise InvariantError(f"block {node.block}: {node.n_children} children")
+            self._check_nodes()
             held_nodes = [node for node in self._nodes.values() if node.held is not None]
             if self._n_blocks != len(held_nodes) or self._held != {
                 node.held for node in held_nodes
