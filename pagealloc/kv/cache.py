@@ -36,7 +36,7 @@ from pagealloc.kv.cold_rows import ColdRows
 from pagealloc.kv.layout import KVLayout
 from pagealloc.kv.lineage import count_distinct_tokens
 from pagealloc.kv.prefix_disk import DiskPrefixIndex
-from pagealloc.kv.prefix_hash import describe_rows, hash_key
+from pagealloc.kv.prefix_hash import describe_rows, hash_key, owner_key
 from pagealloc.kv.pressure import Pressure
 from pagealloc.kv.quantisation import quantisation_of
 from pagealloc.kv.row_codecs import RowCodecs
@@ -166,9 +166,6 @@ class KVCache(CacheSharing):
     ) -> None:
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
-        for name, value in (("salt", salt), ("model", model)):
-            if value is not None and not isinstance(value, str | bytes):
-                raise TypeError(f"{name} must be str or bytes, not {type(value).__name__}")
         if not purge_after_s >= 0:
             raise ValueError(f"purge_after_s={purge_after_s!r}: at least 0 is possible")
         super().__init__()
@@ -176,6 +173,7 @@ class KVCache(CacheSharing):
         self._warm = WarmWindows(purge_after_s)
         self._layout = layout
         self._salt = salt
+        self._owner_key = owner_key(model, salt)
         self._page_table_bytes_before = page_table_bytes()
         self._quantisation = quantisation_of(
             layout, quantize, (k_type, v_type), rotate, residual_tokens

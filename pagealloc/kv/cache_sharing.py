@@ -25,7 +25,7 @@ from pagealloc.kv.cache_description import describe_cache, options_of
 from pagealloc.kv.cache_file import CacheFile
 from pagealloc.kv.cache_writer import save
 from pagealloc.kv.prefix_client import F_GET_SEALS, F_SEAL_SHRINK, RemotePrefixes
-from pagealloc.kv.prefix_hash import TOKEN_BYTES
+from pagealloc.kv.prefix_hash import TOKEN_BYTES, owner_key
 from pagealloc.kv.prefix_server import PrefixServer
 from pagealloc.kv.sequences_by_id import SequencesById
 
@@ -51,9 +51,18 @@ F_ADD_SEALS, F_SEAL_SEAL = 1033, 1  # as in prefix_client
 class CacheSharing(SequencesById):
     """The part of `KVCache` that is about files and other processes."""
 
-    __slots__ = ("_layout", "_prefixes", "_quantisation", "_remote", "_server", "_store")
+    __slots__ = (
+        "_layout",
+        "_owner_key",
+        "_prefixes",
+        "_quantisation",
+        "_remote",
+        "_server",
+        "_store",
+    )
 
     _layout: KVLayout
+    _owner_key: bytes
     _prefixes: DiskPrefixIndex
     _quantisation: Quantisation | None
     _store: ExtentStore
@@ -101,7 +110,7 @@ class CacheSharing(SequencesById):
         if not fcntl.fcntl(self._store.fd, F_GET_SEALS) & F_SEAL_SHRINK:
             fcntl.fcntl(self._store.fd, F_ADD_SEALS, F_SEAL_SEAL | F_SEAL_SHRINK)
         description = describe_cache(self._layout, self._quantisation)
-        self._server = PrefixServer(path, self._prefixes, self._store, description)
+        self._server = PrefixServer(path, self._prefixes, self._store, self._owner_key, description)
         return self._server
 
     @classmethod
@@ -126,11 +135,11 @@ class CacheSharing(SequencesById):
         WireError
             The owner's rows are of another model or salt; or it is no owner.
         """
-        remote = RemotePrefixes(path)
+        remote = RemotePrefixes(path, owner_key(options.get("model"), options.get("salt")))
         try:
             try:
                 layout, quantisation = options_of(
-                    remote.description, remote.path, remote.page_bytes
+                    remote.owner.description, remote.path, remote.owner.page_bytes
                 )
             except CacheFileError as error:
                 raise WireError(str(error)) from error

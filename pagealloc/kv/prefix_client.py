@@ -72,16 +72,18 @@ class RemotePrefixes:
     ----------
     path : path
         Of its socket.
+    owner_key : bytes
+        Name of owner and model, see `prefix_hash`.
 
     Raises
     ------
     OSError
         Nobody serves there, or another user does.
     WireError
-        It is no owner of prefixes.
+        It is no owner of prefixes, or one of another model or salt; or its file could shrink.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], owner_key: bytes) -> None:
         self.path = os.fspath(path)
         self._ended: deque[int] = deque()
         self._lock = threading.Lock()
@@ -94,28 +96,29 @@ class RemotePrefixes:
             self._connection.settimeout(TIMEOUT_S)
             self._connection.connect(self.path)
             prefix_wire.check_peer(self._connection)
-            found = prefix_wire.receive_owner(self._connection)
-            self.page_bytes, self.window_bytes, self.description = found
+            self._connection.sendall(prefix_wire.pack_message(prefix_wire.CLIENT, owner_key))
+            self.owner, self._file = prefix_wire.receive_owner(self._connection)
+            self._check_seals()
         except BaseException:
-            self._connection.close()
+            self.close()
             raise
 
     def join(self, root_key: bytes, window_bytes: int, store: ExtentStore) -> None:
-        """Say what this client's rows are, and get the owner's file.
+        """Say into which store the owner's pages are to be mapped.
 
         Raises
         ------
         WireError
-            The owner's are others; or the file could change under this process.
+            The owner's rows are of another kind than those whose `root_key` this is.
         """
-        if window_bytes != self.window_bytes:
-            raise WireError(f"{self.path}: the owner's windows are of another length")
+        if (root_key, window_bytes) != (self.owner.root_key, self.owner.window_bytes):
+            raise WireError(
+                f"{self.path}: the owner's rows are of another kind; give attach() no types, and "
+                "no options that change them"
+            )
         self._store = store
-        self._connection.sendall(prefix_wire.pack_message(prefix_wire.CLIENT, root_key))
-        message = prefix_wire.receive(self._connection)
-        if message.kind != prefix_wire.WELCOME or message.fd < 0:
-            raise WireError(f"{self.path}: the owner sent no file")
-        self._file = message.fd
+
+    def _check_seals(self) -> None:
         if not fcntl.fcntl(self._file, F_GET_SEALS) & F_SEAL_SHRINK:
             raise WireError(f"{self.path}: the owner's file could shrink")
 
@@ -138,7 +141,7 @@ class RemotePrefixes:
                     raise WireError(f"{self.path}: message {message.kind} is no answer")
                 file_bytes = os.fstat(self._file).st_size
                 number, n_tokens, runs = prefix_wire.unpack_found(
-                    message.payload, self.page_bytes, self.window_bytes, file_bytes
+                    message.payload, self.owner.page_bytes, self.owner.window_bytes, file_bytes
                 )
             except (HungUpError, TimeoutError, ConnectionResetError, BrokenPipeError):
                 self.is_alive = False  # it hangs, or died: what is mapped stays as it is

@@ -16,6 +16,8 @@ Source
 from __future__ import annotations
 
 import json
+import struct
+from contextlib import suppress
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,15 @@ if TYPE_CHECKING:
 
     from pagealloc.kv.layout import KVLayout
 
-__all__ = ["HASH_BYTES", "TOKEN_BYTES", "block_hash", "describe_rows", "hash_key", "token_bytes"]
+__all__ = [
+    "HASH_BYTES",
+    "TOKEN_BYTES",
+    "block_hash",
+    "describe_rows",
+    "hash_key",
+    "owner_key",
+    "token_bytes",
+]
 
 TOKEN_BYTES = 4
 HASH_BYTES = 16
@@ -43,6 +53,11 @@ def token_bytes(token_ids: Iterable[int]) -> bytes:
     """
     if isinstance(token_ids, int):
         raise TypeError(f"token_ids={token_ids}: a list or array of token ids is wanted")
+    if isinstance(token_ids, list | tuple):  # twice as fast as by way of an array
+        with suppress(struct.error):  # else NumPy says what is wrong
+            data = struct.pack(f"<{len(token_ids)}i", *token_ids)
+            if not data or min(token_ids) >= 0:
+                return data
     array = np.asarray(token_ids if hasattr(token_ids, "__len__") else list(token_ids))
     if array.size == 0:
         return b""
@@ -79,12 +94,31 @@ def describe_rows(layout: KVLayout, cold_layout: KVLayout, rotate: str) -> str:
 
 
 def hash_key(rows: str, model: str | bytes | None, salt: str | bytes | None) -> bytes:
-    """Return the key of a cache's hashes, 32 bytes."""
+    """Return the key of a cache's hashes, 32 bytes.
+
+    Raises
+    ------
+    TypeError
+        The model or the salt is neither str nor bytes.
+    """
     digest = blake2b(digest_size=32, person=b"pagealloc prefix")
-    for part in (rows, model, salt):
+    for name, part in (("rows", rows), ("model", model), ("salt", salt)):
+        if part is not None and not isinstance(part, str | bytes):
+            raise TypeError(f"{name} must be str or bytes, not {type(part).__name__}")
         data = part.encode() if isinstance(part, str) else part
         digest.update(b"\0" if data is None else b"\1" + len(data).to_bytes(8, "little") + data)
     return digest.digest()
+
+
+def owner_key(model: str | bytes | None, salt: str | bytes | None) -> bytes:
+    """Return the name of an owner and a model, whatever the rows: what processes tell each other.
+
+    Raises
+    ------
+    TypeError
+        As `hash_key` does.
+    """
+    return hash_key("", model, salt)
 
 
 def block_hash(key: bytes) -> Callable[[bytes], bytes]:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Self
 
 from pagealloc.errors import PageallocError, WireError
 from pagealloc.kv import prefix_wire
-from pagealloc.kv.prefix_wire import Message, Reader, Run
+from pagealloc.kv.prefix_wire import Message, Owner, Reader, Run
 
 if TYPE_CHECKING:
     from pagealloc import ExtentStore, Window
@@ -78,6 +78,8 @@ class PrefixServer:
         What is published.
     store : ExtentStore
         Whose file the pages are in.
+    owner_key : bytes
+        Name of owner and model: who does not say it learns nothing, and gets nothing.
     description : bytes
         What the rows are, for `KVCache.attach`.
     """
@@ -87,15 +89,17 @@ class PrefixServer:
         path: str | os.PathLike[str],
         index: DiskPrefixIndex,
         store: ExtentStore,
+        owner_key: bytes,
         description: bytes,
     ) -> None:
         self.path = Path(path)
         self._index = index
         self._store = store
-        self._greeting = prefix_wire.pack_message(
-            prefix_wire.OWNER,
-            prefix_wire.pack_owner(index.layout.page_bytes, index.layout.window_bytes, description),
+        self._owner_key = owner_key
+        owner = Owner(
+            index.layout.page_bytes, index.layout.window_bytes, index.root_key, description
         )
+        self._greeting = prefix_wire.pack_message(prefix_wire.OWNER, prefix_wire.pack_owner(owner))
         self._clients: dict[int, _Client] = {}
         self._listener = _listen(self.path)
         # Whoever gets a copy of this one cannot write, nor make it one that can without the file's
@@ -185,10 +189,6 @@ class PrefixServer:
         client = _Client(connection)
         self._clients[connection.fileno()] = client
         self._selector.register(connection, selectors.EVENT_READ, client)
-        try:
-            self._send(client, self._greeting)
-        except OSError as error:
-            self._refuse(client, str(error))
 
     def _attend(self, client: _Client, events: int) -> None:
         try:
@@ -213,10 +213,10 @@ class PrefixServer:
 
     def _answer(self, client: _Client, message: Message) -> None:
         if message.kind == prefix_wire.CLIENT and not client.is_welcome:
-            if message.payload != self._index.root_key:
+            if message.payload != self._owner_key:
                 raise WireError(
-                    "this owner's rows are of another model, salt or kind: attach with the model= "
-                    "and salt= of the cache that serves"
+                    "this owner's rows are of another model or salt: attach with the model= and "
+                    "salt= of the cache that serves"
                 )
             client.is_welcome = True
             self._welcome(client)
@@ -228,9 +228,9 @@ class PrefixServer:
             raise WireError(f"message {message.kind} does not belong here")
 
     def _welcome(self, client: _Client) -> None:
-        data = prefix_wire.pack_message(prefix_wire.WELCOME)
+        data = self._greeting
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._file]))
-        if client.unsent or client.connection.sendmsg([data], [rights]) != len(data):
+        if client.connection.sendmsg([data], [rights]) != len(data):
             raise WireError("it does not read what it is sent")
 
     def _find(self, client: _Client, tokens: bytes) -> bytes:

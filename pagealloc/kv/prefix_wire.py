@@ -6,9 +6,10 @@ Purpose
 Structure
     Little-endian messages, HEADER and a payload::
 
-        owner -> client   OWNER    version, page_bytes, window_bytes, then the description (JSON)
-        client -> owner   CLIENT   hash of the empty prefix: which model, salt and kind of rows
-        owner -> client   WELCOME  with the memory file's descriptor, open for reading only
+        client -> owner   CLIENT   the name of owner and model, see `prefix_hash`
+        owner -> client   OWNER    version, page_bytes, window_bytes, hash of the empty prefix, and
+                                   the description (JSON); with the memory file's descriptor, open
+                                   for reading only
         client -> owner   FIND     token ids
         owner -> client   FOUND    number of the lease, tokens, then runs of pages: offset in a
                                    window, offset in the file, bytes
@@ -29,6 +30,7 @@ import struct
 from typing import NamedTuple
 
 from pagealloc.errors import WireError
+from pagealloc.kv.prefix_hash import HASH_BYTES
 
 __all__ = [
     "CLIENT",
@@ -39,9 +41,9 @@ __all__ = [
     "REFUSED",
     "RELEASE",
     "VERSION",
-    "WELCOME",
     "HungUpError",
     "Message",
+    "Owner",
     "Reader",
     "Run",
     "check_peer",
@@ -57,8 +59,8 @@ __all__ = [
 VERSION = 1
 HEADER = struct.Struct("<4sII")  # magic, kind, bytes of the payload
 MAGIC = b"PAKV"
-OWNER, CLIENT, WELCOME, FIND, FOUND, RELEASE, REFUSED = range(1, 8)
-OWNER_NUMBERS = struct.Struct("<IIQ")
+CLIENT, OWNER, FIND, FOUND, RELEASE, REFUSED = range(1, 7)
+OWNER_FIELDS = struct.Struct(f"<IIQ{HASH_BYTES}s")
 FOUND_NUMBERS = struct.Struct("<QQI")
 RUN = struct.Struct("<QQQ")
 MAX_PAYLOAD_BYTES = 1 << 26
@@ -76,6 +78,16 @@ class Message(NamedTuple):
     fd: int = -1
 
 
+class Owner(NamedTuple):
+    """What an owner says of itself."""
+
+    page_bytes: int
+    window_bytes: int
+    root_key: bytes
+    """Hash of the empty prefix: which kind of rows, model and salt."""
+    description: bytes
+
+
 class Run(NamedTuple):
     """Pages of a prefix: where in a window, where in the owner's file."""
 
@@ -89,27 +101,32 @@ def pack_message(kind: int, payload: bytes = b"") -> bytes:
     return HEADER.pack(MAGIC, kind, len(payload)) + payload
 
 
-def pack_owner(page_bytes: int, window_bytes: int, description: bytes) -> bytes:
+def pack_owner(owner: Owner) -> bytes:
     """Return the payload of OWNER."""
-    return OWNER_NUMBERS.pack(VERSION, page_bytes, window_bytes) + description
+    numbers = VERSION, owner.page_bytes, owner.window_bytes
+    return OWNER_FIELDS.pack(*numbers, owner.root_key) + owner.description
 
 
-def receive_owner(connection: socket.socket) -> tuple[int, int, bytes]:
-    """Wait for OWNER, and return page_bytes, window_bytes and the description."""
+def receive_owner(connection: socket.socket) -> tuple[Owner, int]:
+    """Wait for OWNER, and return what it says, and its file's descriptor."""
     message = receive(connection)
-    if message.kind != OWNER:
+    if message.kind != OWNER or message.fd < 0:
         raise WireError("no owner of prefixes serves there")
-    return unpack_owner(message.payload)
+    try:
+        return unpack_owner(message.payload), message.fd
+    except WireError:
+        os.close(message.fd)
+        raise
 
 
-def unpack_owner(payload: bytes) -> tuple[int, int, bytes]:
-    """Return page_bytes, window_bytes and the description of OWNER."""
-    if len(payload) < OWNER_NUMBERS.size:
+def unpack_owner(payload: bytes) -> Owner:
+    """Return what the payload of OWNER says."""
+    if len(payload) < OWNER_FIELDS.size:
         raise WireError("the owner's greeting is too short")
-    version, page_bytes, window_bytes = OWNER_NUMBERS.unpack_from(payload)
+    version, page_bytes, window_bytes, root_key = OWNER_FIELDS.unpack_from(payload)
     if version != VERSION:
         raise WireError(f"the owner speaks version {version} of the protocol, this one {VERSION}")
-    return page_bytes, window_bytes, payload[OWNER_NUMBERS.size :]
+    return Owner(page_bytes, window_bytes, root_key, payload[OWNER_FIELDS.size :])
 
 
 def pack_found(lease: int, n_tokens: int, runs: list[Run]) -> bytes:
@@ -168,7 +185,7 @@ class Reader:
 
 
 def receive(connection: socket.socket) -> Message:
-    """Wait for one message, and for the descriptor that comes with WELCOME.
+    """Wait for one message, and for the descriptor that comes with OWNER.
 
     Raises
     ------
@@ -186,7 +203,7 @@ def receive(connection: socket.socket) -> Message:
         payload = _exactly(connection, nbytes, fds)
         if kind == REFUSED:
             raise WireError(payload.decode(errors="replace"))
-        fd = fds.pop(0) if fds and kind == WELCOME else -1
+        fd = fds.pop(0) if fds and kind == OWNER else -1
         return Message(kind, payload, fd)
     finally:
         for fd in fds:

@@ -10,7 +10,8 @@ from processes import wait_for
 
 from pagealloc import WireError
 from pagealloc.kv import KVCache, prefix_wire
-from pagealloc.kv.prefix_wire import Reader, Run
+from pagealloc.kv.prefix_hash import owner_key
+from pagealloc.kv.prefix_wire import Owner, Reader, Run
 
 PAGE_BYTES = 65536
 WINDOW_BYTES, FILE_BYTES = 64 * PAGE_BYTES, 1024 * PAGE_BYTES
@@ -44,7 +45,7 @@ def test_answers(rng, duration_s):
     """What passes the checks is whole pages, in order, inside window and file."""
     runs = [Run(0, 0, PAGE_BYTES), Run(2 * PAGE_BYTES, 9 * PAGE_BYTES, 3 * PAGE_BYTES)]
     payload = prefix_wire.pack_found(7, 32, runs)
-    greeting = prefix_wire.pack_owner(PAGE_BYTES, WINDOW_BYTES, b"{}")
+    greeting = prefix_wire.pack_owner(Owner(PAGE_BYTES, WINDOW_BYTES, bytes(16), b"{}"))
     n_refused = n_passed = 0
     end_s = time.monotonic() + duration_s
     while time.monotonic() < end_s:
@@ -102,7 +103,7 @@ def test_an_owner_that_is_sent_anything(rng, duration_s, tmp_path):
         whole = b"".join(
             prefix_wire.pack_message(kind, payload)
             for kind, payload in (
-                (prefix_wire.CLIENT, cache.prefixes.root_key),
+                (prefix_wire.CLIENT, owner_key(None, None)),
                 (prefix_wire.FIND, tokens),
                 (prefix_wire.RELEASE, (1).to_bytes(8, "little")),
                 (prefix_wire.FIND, tokens[:-2]),

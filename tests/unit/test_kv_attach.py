@@ -5,7 +5,9 @@ import os
 import signal
 import socket
 import stat
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,18 @@ from processes import child_of, in_child, wait_for
 
 from pagealloc import ForkedError, WireError
 from pagealloc.kv import KVCache, KVLayout, prefix_client, prefix_wire
-from pagealloc.kv.prefix_wire import CLIENT, FIND, RELEASE, WELCOME, Run, pack_message, receive
+from pagealloc.kv.prefix_wire import (
+    CLIENT,
+    FIND,
+    OWNER,
+    REFUSED,
+    RELEASE,
+    Owner,
+    Run,
+    pack_message,
+    pack_owner,
+    receive,
+)
 
 PROMPTS = [[1] * 16, [1] * 8 + [2] * 8, [3] * 12]
 
@@ -31,6 +44,10 @@ def owner(order="block", **options):
     for prompt in PROMPTS:
         publish(cache, prompt)
     return cache
+
+
+def n_open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def attach(path, **options):
@@ -296,22 +313,33 @@ class TestWhoMayAttach:
     @pytest.mark.parametrize("options", [{}, {"salt": "b"}, {"salt": "a", "model": "other"}])
     def test_another_salt_or_model(self, path, options):
         with owner() as cache, cache.serve(path) as server:
-            with pytest.raises(WireError, match="another model, salt or kind"):
+            with pytest.raises(WireError, match="another model or salt"):
                 KVCache.attach(path, **options)
             wait_for(lambda: not server.n_clients)
 
-    def test_no_descriptor_without_the_hash(self, path):
+    @pytest.mark.parametrize("salt", [7, ["a"]])
+    def test_a_salt_that_is_none(self, path, salt):
+        with owner() as cache, cache.serve(path), pytest.raises(TypeError, match="str or bytes"):
+            KVCache.attach(path, salt=salt)
+
+    def test_rows_of_another_kind(self, path):
+        with owner() as cache, cache.serve(path) as server:
+            n_open = n_open_files()
+            with pytest.raises(WireError, match="of another kind"):
+                attach(path, k_type="q8_0", residual_tokens=4)
+            wait_for(lambda: not server.n_clients)
+            wait_for(lambda: n_open_files() == n_open)
+
+    def test_no_descriptor_without_the_key(self, path):
         with owner() as cache, cache.serve(path), connected(path) as client:
-            receive(client)
-            client.sendall(pack_message(CLIENT, bytes(16)))
+            client.sendall(pack_message(CLIENT, bytes(32)))
             data, ancillary, _, _ = client.recvmsg(4096, 64)
             assert b"another model" in data
             assert not ancillary
 
-    @pytest.mark.parametrize("kind", [FIND, RELEASE, WELCOME, 99])
-    def test_nothing_before_the_hash(self, path, kind):
+    @pytest.mark.parametrize("kind", [FIND, RELEASE, OWNER, 99])
+    def test_nothing_before_the_key(self, path, kind):
         with owner() as cache, cache.serve(path) as server, connected(path) as client:
-            receive(client)
             client.sendall(pack_message(kind, bytes(8)))
             with pytest.raises(WireError, match="does not belong here"):
                 receive(client)
@@ -378,6 +406,45 @@ def connected(path):
     client.settimeout(10)
     client.connect(str(path))
     return client
+
+
+class TestAnOwnerThatIsNone:
+    """A client refuses it, and keeps none of its descriptors."""
+
+    @pytest.mark.parametrize(
+        ("kind", "payload", "fds", "match"),
+        [
+            (OWNER, pack_owner(Owner(4096, 4096, bytes(16), b"{}")), 1, "could shrink"),
+            (OWNER, pack_owner(Owner(4096, 4096, bytes(16), b"{}")), 2, "could shrink"),
+            (OWNER, pack_owner(Owner(4096, 4096, bytes(16), b"{}")), 0, "no owner"),
+            (OWNER, b"short", 1, "too short"),
+            (OWNER, bytes(40), 1, "version 0"),
+            (FIND, b"", 1, "no owner"),
+            (REFUSED, b"not you", 1, "not you"),
+        ],
+    )
+    def test_it(self, path, kind, payload, fds, match):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            with os.fdopen(os.memfd_create("pages", os.MFD_ALLOW_SEALING)) as file:
+                thread = threading.Thread(
+                    target=greet,
+                    args=(listener, pack_message(kind, payload), [file.fileno()] * fds),
+                )
+                thread.start()
+                n_open = n_open_files()
+                with pytest.raises(WireError, match=match):
+                    attach(path)
+                thread.join()
+                assert n_open_files() == n_open
+
+
+def greet(listener, data, fds):
+    connection, _ = listener.accept()
+    with connection:
+        socket.send_fds(connection, [data], fds) if fds else connection.sendall(data)
+        connection.recv(4096)
 
 
 class TestTheSocket:
