@@ -20,7 +20,7 @@ import numpy as np
 
 from bench.bench_kv import in_process
 from bench.installed import ROOT, environment
-from bench.prefix_loads import PREFIX_TOKENS, cache_of_prefix
+from bench.prefix_loads import PREFIX_TOKENS, answering, cache_of_prefix
 from bench.prefix_threads import N_THREADS, run_threads, simulate, works_of
 from bench.report import machine
 from bench.rows import Row, RowsReport, compare, guarded, limit_row, median_ratio
@@ -154,21 +154,31 @@ def load_ns(work: str, path: Path) -> float:
     return float(result.stdout)
 
 
-def restore_rows(rounds: int) -> list[Row]:
-    """Return the lines of a prefix from a file in the page cache, and from another process."""
+def restore_rows(rounds: int, notes: list[str]) -> list[Row]:
+    """Return the lines of a prefix from a file in the page cache, and from another process.
+
+    How long a sleeping process takes to wake is the machine's: bare exchanges tell.
+    """
     with tempfile.TemporaryDirectory() as folder, cache_of_prefix() as cache:  # mode 0700
         path, socket_path = Path(folder, "prefix.kv"), Path(folder, "socket")
+        bare_path = Path(folder, "bare")
         n_tokens = cache.save(path) * cache.layout.block_tokens
         mib = path.stat().st_size / MIB
-        loaded, plain, attached = [], [], []
-        with cache.serve(socket_path) as server:
+        loaded, plain, attached, bare = [], [], [], []
+        with answering(bare_path), cache.serve(socket_path) as server:
             for _ in range(rounds):
                 plain.append(load_ns("read", path) / 1e6)
                 loaded.append(load_ns("load", path) / 1e6)
                 attached.append(load_ns("attach", socket_path) / 1e6)
+                bare.append(load_ns("exchange", bare_path) / 1e6)
             while server.n_clients:  # the last one has just ended
                 time.sleep(0.001)
     what = f"{n_tokens} of {PREFIX_TOKENS} tokens, {mib:.0f} MiB"
+    notes.append(
+        f"restore: attaching took {min(attached):.2f} to {max(attached):.2f} ms. Two bare "
+        f"exchanges over such a socket took {statistics.median(bare):.2f} ms in the median, "
+        f"{min(bare):.2f} to {max(bare):.2f}."
+    )
     cold = f"{what}: load() and sequence(), cold"
     return [
         compare("restore", cold, 2, loaded, {READ: plain}, unit="ms"),
@@ -222,7 +232,7 @@ def run(rounds: int) -> RowsReport:
     lines = {
         "lookup": ("long prompts", partial(lookup_rows, rounds)),
         "memory": ("the trace", partial(memory_rows, notes)),
-        "restore": ("from a file and another process", partial(restore_rows, rounds)),
+        "restore": ("from a file and another process", partial(restore_rows, rounds, notes)),
         "eviction": ("threads under a budget", eviction_rows),
     }
     rows: list[Row] = []

@@ -5,17 +5,25 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pagealloc.kv import KVCache, KVLayout
 
-__all__ = ["PREFIX_TOKENS", "cache_of_prefix"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["PREFIX_TOKENS", "answering", "cache_of_prefix"]
 
 PREFIX_TOKENS = 1000
+N_EXCHANGES, ASKED_BYTES = 2, 4000
 
 
 def prefix_ids() -> list[int]:
@@ -50,6 +58,36 @@ def attach(path: Path) -> object:
     return begin(KVCache.attach(path))
 
 
+def exchange(path: Path) -> object:
+    """Send and receive as often as attaching does, with who answers at once."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(str(path))
+        for _ in range(N_EXCHANGES):
+            connection.sendall(bytes(ASKED_BYTES))
+            connection.recv(ASKED_BYTES)
+    return None
+
+
+@contextmanager
+def answering(path: Path) -> Iterator[None]:
+    """Have a thread answer whoever exchanges at a path."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        threading.Thread(target=_answer, args=(listener,), daemon=True).start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)  # else accept() waits on
+
+
+def _answer(listener: socket.socket) -> None:
+    with suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                while data := connection.recv(ASKED_BYTES):
+                    connection.sendall(data)
+
+
 def begin(cache: KVCache) -> object:
     seq = cache.sequence(prefix_ids())
     if seq.n_cached < PREFIX_TOKENS - cache.layout.block_tokens:
@@ -58,7 +96,8 @@ def begin(cache: KVCache) -> object:
 
 
 def main() -> None:
-    work, path = {"read": read, "load": load, "attach": attach}[sys.argv[1]], Path(sys.argv[2])
+    works = {"read": read, "load": load, "attach": attach, "exchange": exchange}
+    work, path = works[sys.argv[1]], Path(sys.argv[2])
     start_ns = time.perf_counter_ns()
     kept = work(path)
     print(time.perf_counter_ns() - start_ns)
