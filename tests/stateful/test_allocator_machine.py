@@ -114,7 +114,7 @@ class HugePageMachine(AllocatorMachine):
 
 
 for machine in (AllocatorMachine, HugePageMachine):
-    machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+    machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestBasePages = AllocatorMachine.TestCase
 TestHugePages = HugePageMachine.TestCase
 
