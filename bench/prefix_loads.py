@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pagealloc.kv import KVCache, KVLayout
+from pagealloc.kv.prefix_wire import short_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +62,8 @@ def attach(path: Path) -> object:
 def exchange(path: Path) -> object:
     """Send and receive as often as attaching does, with who answers at once."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.connect(str(path))
+        with short_path(path) as (_, short):
+            connection.connect(short)
         for _ in range(N_EXCHANGES):
             connection.sendall(bytes(ASKED_BYTES))
             connection.recv(ASKED_BYTES)
@@ -72,7 +74,8 @@ def exchange(path: Path) -> object:
 def answering(path: Path) -> Iterator[None]:
     """Have a thread answer whoever exchanges at a path."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(path))
+        with short_path(path) as (_, short):
+            listener.bind(short)
         listener.listen()
         threading.Thread(target=_answer, args=(listener,), daemon=True).start()
         yield

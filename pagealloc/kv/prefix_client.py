@@ -17,6 +17,7 @@ import socket
 import threading
 from collections import deque
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pagealloc.errors import WireError
@@ -94,7 +95,8 @@ class RemotePrefixes:
         self.is_alive = True
         try:
             self._connection.settimeout(TIMEOUT_S)
-            self._connection.connect(self.path)
+            with prefix_wire.short_path(Path(self.path)) as (_, short):
+                self._connection.connect(short)
             prefix_wire.check_peer(self._connection)
             self._connection.sendall(prefix_wire.pack_message(prefix_wire.CLIENT, owner_key))
             self.owner, self._file = prefix_wire.receive_owner(self._connection)

@@ -294,27 +294,28 @@ def _runs(window: Window, spans: list[Span]) -> list[Run]:
 def _listen(path: Path) -> socket.socket:
     """Return a socket that listens at a path nobody else can reach."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    status = path.parent.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        mode = stat.S_IMODE(status.st_mode)
-        raise PermissionError(
-            f"{path.parent}: others may open this folder (mode {mode:04o}); serve from a folder of "
-            "your own, chmod 700"
-        )
-    _remove_dead(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(str(path))
-        path.chmod(0o600)
-        listener.listen()
-        listener.setblocking(False)  # noqa: FBT003  its only argument
-    except BaseException:
-        listener.close()
-        raise
+    with prefix_wire.short_path(path) as (folder, short):
+        status = os.fstat(folder)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            mode = stat.S_IMODE(status.st_mode)
+            raise PermissionError(
+                f"{path.parent}: others may open this folder (mode {mode:04o}); serve from a "
+                "folder of your own, chmod 700"
+            )
+        _remove_dead(path, short)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(short)
+            Path(short).chmod(0o600)
+            listener.listen()
+            listener.setblocking(False)  # noqa: FBT003  its only argument
+        except BaseException:
+            listener.close()
+            raise
     return listener
 
 
-def _remove_dead(path: Path) -> None:
+def _remove_dead(path: Path, short: str) -> None:
     """Remove the socket of an owner that is gone.
 
     Raises
@@ -323,16 +324,16 @@ def _remove_dead(path: Path) -> None:
         Something else is there, or an owner that lives.
     """
     try:
-        mode = path.lstat().st_mode
+        mode = Path(short).lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
         raise FileExistsError(f"{path} exists, and is no socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
-            probe.connect(str(path))
+            probe.connect(short)
         except ConnectionRefusedError:
-            path.unlink()
+            Path(short).unlink()
             return
     raise FileExistsError(f"{path}: another process serves there")
 

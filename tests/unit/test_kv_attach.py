@@ -404,7 +404,8 @@ def all_bytes(fd):
 def connected(path):
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.settimeout(10)
-    client.connect(str(path))
+    with prefix_wire.short_path(path) as (_, short):
+        client.connect(short)
     return client
 
 
@@ -425,7 +426,8 @@ class TestAnOwnerThatIsNone:
     )
     def test_it(self, path, kind, payload, fds, match):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(str(path))
+            with prefix_wire.short_path(path) as (_, short):
+                listener.bind(short)
             listener.listen()
             with os.fdopen(os.memfd_create("pages", os.MFD_ALLOW_SEALING)) as file:
                 thread = threading.Thread(
@@ -448,6 +450,16 @@ def greet(listener, data, fds):
 
 
 class TestTheSocket:
+    def test_at_a_long_path(self, path):
+        long = path.parent / ("folder" * 30)
+        long.mkdir(mode=0o700)
+        with owner() as cache:
+            with cache.serve(long / "prefixes"), attach(long / "prefixes") as client:
+                assert n_cached(client, PROMPTS[0]) == 16
+            assert not list(long.iterdir())
+            with pytest.raises(OSError, match="too long"):
+                cache.serve(long / ("name" * 30))
+
     def test_in_a_folder_of_one_s_own(self, path):
         path.parent.chmod(0o755)
         with owner() as cache:
@@ -466,9 +478,11 @@ class TestTheSocket:
                 cache.serve(path)
 
     def test_what_a_dead_owner_left(self, path):
-        dead = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        dead.bind(str(path))
-        dead.close()
+        with (
+            prefix_wire.short_path(path) as (_, short),
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead,
+        ):
+            dead.bind(short)
         with owner() as cache, cache.serve(path), attach(path) as client:
             assert n_cached(client, PROMPTS[0]) == 16
 
