@@ -565,7 +565,7 @@ class TestLies:
         assert Run(1, 2, 3) < Run(2, 0, 0)
 
 
-def test_attach_is_quick_for_a_real_shape(path):
+def test_a_real_shape_is_mapped_not_copied(path):
     layout = KVLayout(30, 3, 64, 8192, order="block")
     tokens = [*range(1000)]
     with KVCache(layout) as cache:
