@@ -11,6 +11,7 @@ __all__ = [
     "ClosedError",
     "ForkedError",
     "InvariantError",
+    "LlamaStateError",
     "OutOfMemoryError",
     "PageBoundaryError",
     "PageallocError",
@@ -68,6 +69,14 @@ class CacheFileError(PageallocError, ValueError):
 
     It is truncated, damaged, newer than this version, of another model or owner, or not safe to
     open; the message says which, and names the block.
+    """
+
+
+class LlamaStateError(PageallocError, ValueError):
+    """A state of llama.cpp is not what it should be.
+
+    It is truncated, of another model, or of a form that this version does not know; the message
+    says which.
     """
 
 

@@ -1,0 +1,320 @@
+"""ModelStates: the cached prompts of one model, as rows in KV blocks.
+
+Purpose
+    Rows out of a blob into the KV cache, and out of the KV cache into a blob.
+Structure
+    ::
+
+        blob                         KVCache, in block order            blob
+        K of layer 0, 1, 2 ...  -->  16 tokens: K and V of layer 0, -->  K of layer 0, 1, 2 ...
+        V of layer 0, 1, 2 ...       of layer 1, ...                    V of layer 0, 1, 2 ...
+
+    A prompt's whole blocks are published, and are found by whatever prompt begins alike.  The
+    tokens behind them live as long as the sequence that `keep` returned.
+Locking
+    None of its own: each call makes a sequence of its own, and the KV cache serialises these.
+Units
+    Tokens, and bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pagealloc import LlamaStateError, default_allocator
+from pagealloc.kv import KVCache, KVLayout
+from pagealloc.llama.state_blob import StateFormat, transpose, write_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    from pagealloc.kv import Sequence
+    from pagealloc.llama.state_blob import LayerType, RecordPlace
+
+__all__ = ["ModelStates", "StoredAs", "new_blob"]
+
+BLOCK_TOKENS = 16
+ROW_ALIGN = 4
+
+PLAIN_TYPES = {0: ("float32", 4), 1: ("float16", 2), 30: ("bfloat16", 2)}
+"""ggml's types whose values lie one by one; rows of all others are kept as the words they are."""
+
+
+class StoredAs(NamedTuple):
+    """As what rows are stored: the arguments of `KVCache`."""
+
+    k_type: str | None
+    v_type: str | None
+    rotate: str | None
+
+    def options(self, *, k_is_plain: bool, v_is_plain: bool) -> dict[str, Any]:
+        """Return the arguments for rows of a context, whose packed rows stay as they are."""
+        k_type = self.k_type if k_is_plain else None
+        v_type = self.v_type if v_is_plain else None
+        if k_type is None and v_type is None:
+            return {}
+        stored = {"k": k_type, "v": v_type}
+        rotate = self.rotate
+        if rotate is not None:
+            rotate = "".join(letter for letter in rotate if stored[letter] is not None)
+        return {"k_type": k_type, "v_type": v_type, "rotate": rotate, "residual_tokens": 0}
+
+
+class ModelStates:
+    """What a cache holds of one model.
+
+    Parameters
+    ----------
+    state_format : StateFormat
+        What the states of its contexts look like.
+    identity : bytes
+        Of the model, see `model_identity`.
+    stored_as : StoredAs
+        How rows are stored.
+    head_dim : int
+        Values of a head, which rotation is about; 0: nobody knows.
+    max_tokens : int
+        Of a prompt; of longer ones the beginning is kept.
+    budget_bytes : int
+        Most bytes of pages.
+    salt : str or bytes, optional
+        Names the owner.
+
+    Raises
+    ------
+    LlamaStateError
+        The rows cannot be kept as blocks: a sliding window's states have a second record.
+    """
+
+    def __init__(
+        self,
+        state_format: StateFormat,
+        identity: bytes,
+        stored_as: StoredAs,
+        *,
+        head_dim: int,
+        max_tokens: int,
+        budget_bytes: int,
+        salt: str | bytes | None,
+    ) -> None:
+        if len(state_format.records) != 1:
+            raise LlamaStateError("the model's states have a record of a sliding window")
+        self.state_format = state_format
+        self.last_use = 0.0
+        record = self._record = state_format.records[0]
+        self._k = _Kind.of(record.k, head_dim)
+        self._v = _Kind.of(record.v, head_dim)
+        layout = KVLayout(
+            n_layers=len(record.k),
+            n_kv_heads=self._k.n_heads,
+            head_dim=self._k.head_dims,
+            v_head_dim=self._v.dims_for(self._k.n_heads),
+            max_tokens=-(-max_tokens // BLOCK_TOKENS) * BLOCK_TOKENS,
+            k_dtype=self._k.dtype,
+            v_dtype=self._v.dtype,
+            order="block",
+            block_tokens=BLOCK_TOKENS,
+        )
+        options = stored_as.options(k_is_plain=self._k.is_plain, v_is_plain=self._v.is_plain)
+        self.kv = KVCache(
+            layout, budget_bytes=budget_bytes, salt=salt, model=identity, **options
+        )
+        self._max_kept_tokens = min(
+            layout.max_tokens, budget_bytes // max(1, self.kv.cold_layout.token_bytes)
+        )
+
+    # --- blobs --------------------------------------------------------------------------------
+
+    def keep(
+        self,
+        tokens: npt.NDArray[np.int32],
+        blob: memoryview,
+        place: RecordPlace,
+        make_room: Callable[[int], object],
+    ) -> Sequence:
+        """Keep the rows of a state, of which those that are known are not looked at.
+
+        `make_room` is called with how many bytes it will take.
+
+        Returns
+        -------
+        Sequence
+            With all its tokens.  Close it; whole blocks stay published.
+
+        Raises
+        ------
+        LlamaStateError
+            The state's cells are not those of the tokens.
+        OutOfMemoryError
+            The budget is too small even with all else evicted.
+        """
+        n_cells = len(place.positions)
+        order = _order(place.positions)
+        if n_cells != len(tokens):
+            raise LlamaStateError(f"the state holds {n_cells} tokens, not {len(tokens)}")
+        n_kept = min(n_cells, self._max_kept_tokens)
+        sequence = self._sequence(tokens[:n_kept])
+        try:
+            first = sequence.n_cached
+            make_room((n_kept - first) * self.kv.cold_layout.token_bytes)
+            rows = slice(first, n_kept) if order is None else order[first:n_kept]
+            for layer in range(len(self._record.k) if first < n_kept else 0):
+                k = self._k.rows(self._record.k[layer], blob, place.k[layer], n_cells)
+                sequence.append(
+                    layer,
+                    self._k.shaped(k[rows], layer),
+                    self._v.shaped(self._v_rows(layer, blob, place, rows), layer),
+                )
+            sequence.publish()
+        except BaseException:
+            sequence.close()
+            raise
+        return sequence
+
+    def _v_rows(
+        self, layer: int, blob: memoryview, place: RecordPlace, rows: Any
+    ) -> npt.NDArray[Any]:
+        kind, n_cells = self._record.v[layer], len(place.positions)
+        if not self._record.is_transposed:
+            return self._v.rows(kind, blob, place.v[layer], n_cells)[rows]
+        channels = self._v.rows(kind, blob, place.v[layer], n_cells).reshape(-1, n_cells)
+        if not isinstance(rows, slice):
+            return np.ascontiguousarray(channels.T[rows])
+        found = channels[:, rows]
+        words = np.empty(found.shape[::-1], self._v.word)
+        transpose(found.view(self._v.word), words)
+        return words.view(found.dtype)
+
+    def blob(self, sequence: Sequence, header: bytes) -> memoryview:
+        """Return a blob for llama.cpp with the rows of a sequence, in memory that is its own.
+
+        Raises
+        ------
+        OutOfMemoryError
+            There is no memory for it.
+        """
+        n_tokens = len(sequence)
+        state_format = StateFormat(header, (self._record,))
+        blob = new_blob(header, state_format.nbytes([n_tokens]))
+        self._fill(blob, state_format, sequence)
+        return blob
+
+    def blob_bytes(self, n_tokens: int, header: bytes) -> int:
+        """Return how many bytes a blob has."""
+        return StateFormat(header, (self._record,)).nbytes([n_tokens])
+
+    def _fill(self, blob: memoryview, state_format: StateFormat, sequence: Sequence) -> None:
+        n_tokens = len(sequence)
+        positions = np.arange(n_tokens, dtype=np.int32)
+        place = write_state(state_format, blob, [positions])[0]
+        is_transposed = self._record.is_transposed
+        scratch = np.empty(n_tokens * max(self._v.n_values), self._v.storage)
+        for layer, (k, v) in enumerate(zip(self._record.k, self._record.v, strict=True)):
+            target = self._k.rows(k, blob, place.k[layer], n_tokens)
+            sequence.k(layer, out=self._k.shaped(target, layer))
+            target = self._v.rows(v, blob, place.v[layer], n_tokens)
+            if not is_transposed:
+                sequence.v(layer, out=self._v.shaped(target, layer))
+                continue
+            rows = scratch[: target.size].reshape(target.shape)
+            sequence.v(layer, out=self._v.shaped(rows, layer))
+            words = target.reshape(-1, n_tokens).view(self._v.word)
+            transpose(rows.view(self._v.word), words)
+
+    # --- prompts ------------------------------------------------------------------------------
+
+    def find(self, tokens: npt.NDArray[np.int32]) -> Sequence | None:
+        """Return a sequence with the longest prefix of a prompt that is known, to be closed."""
+        sequence = self._sequence(tokens[: self._max_kept_tokens])
+        if sequence.n_cached:
+            return sequence
+        sequence.close()
+        return None
+
+    def _sequence(self, tokens: npt.NDArray[np.int32]) -> Sequence:
+        self.last_use = time.monotonic()
+        return self.kv.sequence(tokens)
+
+
+class _Kind:
+    """What the K or V rows of all layers are."""
+
+    def __init__(self, dtype: str, word: type[np.generic], rows: tuple[LayerType, ...]) -> None:
+        self.dtype = dtype
+        self.word = word
+        self.storage = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+        self.n_values = [row.row_bytes // self.storage.itemsize for row in rows]
+        self.n_heads = [1] * len(rows)
+        self.head_dims = self.n_values
+        self.is_plain = True
+
+    @classmethod
+    def of(cls, rows: tuple[LayerType, ...], head_dim: int) -> _Kind:
+        types = {row.ggml_type for row in rows}
+        if len(types) > 1:
+            raise LlamaStateError(f"the layers' rows are of several types: {sorted(types)}")
+        dtype, value_bytes = PLAIN_TYPES.get(rows[0].ggml_type, ("float16", 2))
+        if any(row.row_bytes % value_bytes for row in rows):
+            raise LlamaStateError("rows of an odd number of bytes")
+        kind = cls(dtype, np.uint32 if value_bytes == 4 else np.uint16, rows)
+        kind.is_plain = rows[0].ggml_type in PLAIN_TYPES
+        head_dim = head_dim or _likely_head_dim(kind.n_values)
+        if kind.is_plain and not any(n % head_dim for n in kind.n_values):
+            kind.n_heads = [n // head_dim for n in kind.n_values]
+            kind.head_dims = [head_dim] * len(rows)
+        return kind
+
+    def dims_for(self, n_heads: list[int]) -> list[int]:
+        """Return the values of a head of each layer, if there are so many."""
+        if any(n % heads for n, heads in zip(self.n_values, n_heads, strict=True)):
+            raise LlamaStateError("V rows do not divide into as many heads as K rows")
+        self.n_heads = n_heads
+        self.head_dims = [n // heads for n, heads in zip(self.n_values, n_heads, strict=True)]
+        return self.head_dims
+
+    def rows(
+        self, kind: LayerType, blob: memoryview, offset: int, n_tokens: int
+    ) -> npt.NDArray[Any]:
+        """Return a layer's rows in a blob: an array (T, values); by channel if transposed."""
+        n_values = kind.row_bytes // self.storage.itemsize
+        flat = np.frombuffer(blob, self.storage, n_tokens * n_values, offset)
+        return flat.reshape(n_tokens, n_values)
+
+    def shaped(self, rows: npt.NDArray[Any], layer: int) -> npt.NDArray[Any]:
+        """Return rows by head."""
+        return rows.reshape(len(rows), self.n_heads[layer], self.head_dims[layer])
+
+
+def new_blob(header: bytes, n_bytes: int) -> memoryview:
+    """Return memory for a blob, in which what comes behind the header is aligned for any row."""
+    pad = -len(header) % ROW_ALIGN
+    return memoryview(default_allocator().alloc(pad + n_bytes))[pad:]
+
+
+def _likely_head_dim(n_values: list[int]) -> int:
+    """Return the largest power of two, of those that heads have, that all rows divide into."""
+    return next((n for n in (128, 64, 32) if not any(each % n for each in n_values)), 1)
+
+
+def _order(positions: npt.NDArray[np.int32]) -> npt.NDArray[np.intp] | None:
+    """Return which cell each position has; None if they lie in order.
+
+    Raises
+    ------
+    LlamaStateError
+        They are not 0, 1, 2, ...
+    """
+    expected = np.arange(len(positions), dtype=np.int32)
+    if (positions == expected).all():
+        return None
+    order = np.argsort(positions, kind="stable")
+    if (positions[order] != expected).any():
+        raise LlamaStateError(
+            "the state's tokens are not at positions 0, 1, 2, ...: some were removed or moved"
+        )
+    return order

@@ -1,0 +1,456 @@
+"""PageCache: the prompt cache of llama-cpp-python, in blocks that prompts share.
+
+Purpose
+    What `Llama.set_cache` takes: states in, states out, a budget.
+Structure
+    ::
+
+        PageCache -- ModelStates   one each model and type of rows: KV blocks under a prefix index
+             |   `-- WholeStates   states that cannot be taken apart
+             `-- Binding           one each Llama: its identity, and what its states look like
+Locking
+    _lock guards the tables; rows are copied without it.
+Units
+    Bytes and tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+import weakref
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from llama_cpp import BaseLlamaCache, Llama
+
+from pagealloc import ClosedError, LlamaStateError, OutOfMemoryError
+from pagealloc.llama.contexts import Context, proven_format
+from pagealloc.llama.model_identity import model_identity
+from pagealloc.llama.model_states import ModelStates, StoredAs, new_blob
+from pagealloc.llama.page_state import PageState
+from pagealloc.llama.state_blob import parse_state
+from pagealloc.llama.whole_states import WholeStates
+from pagealloc.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Self
+
+    import numpy.typing as npt
+
+    from pagealloc.kv import Sequence
+    from pagealloc.llama.state_blob import StateFormat
+
+__all__ = ["Binding", "PageCache", "PageCacheStats"]
+
+NOBODY = bytes(32)
+"""Identity of states that no `Llama` stands behind."""
+
+STORED_TYPES = {"f16": None, "q8_0": "q8_0", "q4_0": "q4_0"}
+
+
+class PageCacheStats(NamedTuple):
+    """What a `PageCache` holds, and what was asked of it."""
+
+    held_bytes: int
+    budget_bytes: int
+    n_models: int
+    n_blocks: int
+    n_pinned_blocks: int
+    n_whole_states: int
+    n_lookups: int
+    n_hits: int
+    n_asked_tokens: int
+    n_hit_tokens: int
+    n_evicted_blocks: int
+
+
+@dataclass
+class Binding:
+    """What a cache knows of a `Llama`; `states` is None where whole states are kept."""
+
+    identity: bytes
+    states: ModelStates | None
+    context: Context | None
+    n_ctx: int
+    context_header: bytes
+    is_attached: bool = False
+
+    @property
+    def whole_identity(self) -> bytes:
+        """Identity of whole states, whose form depends on who makes them."""
+        return self.identity + (b"sequence" if self.is_attached else b"context")
+
+    @property
+    def seed(self) -> int:
+        """The seed of the `Llama`."""
+        return int(self.context.llm._seed) if self.context is not None else 0
+
+
+class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
+    """Keeps the states of prompts for `Llama.set_cache`, each block of tokens once.
+
+    Parameters
+    ----------
+    budget : int or str
+        Most bytes it may hold, such as ``"2GiB"``: pages of memory, measured.
+    quantize : bool
+        Store K in 8 bits and V, rotated, in 4: ``k_type="q8_0", v_type="q4_0", rotate="v"``.
+    k_type, v_type : {"f16", "q8_0", "q4_0"}
+        As what K and V rows are stored.  "f16": as llama.cpp has them, bit by bit, also if that is
+        another type; rows that llama.cpp has packed itself always are.
+    rotate : {"", "k", "v", "kv"}, optional
+        Which of them are multiplied by a Hadamard matrix before; by default what has 4 bits.
+    salt : str or bytes, optional
+        Names the owner: prompts of other salts are not found.
+
+    Notes
+    -----
+    Thread-safe, for any number of `Llama` objects, each of which is one thread's at a time.  A
+    cached state belongs to one model, adapter and RoPE setting, see `model_identity`, whichever
+    `Llama` it came from.
+
+    Prompts are found by whole blocks of 16 tokens, whoever computed them, and the longest match is
+    restored.  States that cannot be taken apart (recurrent models, sliding windows) are kept as
+    they are, and found by a prompt that begins with all of their tokens.
+
+    `pagealloc.llama.attach` makes a `Llama` save and load without the copies that `set_cache`
+    alone cannot avoid.
+
+    Examples
+    --------
+    >>> llm = Llama("model.gguf")  # doctest: +SKIP
+    >>> llm.set_cache(PageCache("2GiB"))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        budget: int | str = "2GiB",
+        *,
+        quantize: bool = False,
+        k_type: str = "f16",
+        v_type: str = "f16",
+        rotate: str | None = None,
+        salt: str | bytes | None = None,
+    ) -> None:
+        self.capacity_bytes = parse_bytes(budget, name="budget")
+        self._stored_as = _stored_as(k_type, v_type, rotate, quantize=quantize)
+        self._salt = salt
+        self._lock = threading.RLock()
+        self._models: dict[bytes, ModelStates] = {}
+        self._bindings: weakref.WeakKeyDictionary[Llama, Binding] = weakref.WeakKeyDictionary()
+        self._nobody: Binding | None = None
+        self._whole = WholeStates(blake2b(_salt_bytes(salt)).digest())
+        self._n_lookups = self._n_hits = self._n_asked_tokens = self._n_hit_tokens = 0
+        self._closed = False
+
+    # --- what llama-cpp-python calls ----------------------------------------------------------
+
+    def __bool__(self) -> bool:
+        return True  # `if llm.cache:` asks whether there is one, not whether it is empty
+
+    @property
+    def cache_size(self) -> int:
+        """Bytes held: of pages, and of whole states."""
+        with self._lock:
+            held = sum(states.kv.stats().file_bytes for states in self._models.values())
+            return held + self._whole.nbytes
+
+    def __contains__(self, key: object) -> bool:
+        return self._find(self._caller(), _token_array(key)) is not None
+
+    def __getitem__(self, key: Iterable[int]) -> PageState:
+        binding, tokens = self._caller(), _token_array(key)
+        state = self._find(binding, tokens)
+        with self._lock:
+            self._n_lookups += 1
+            self._n_asked_tokens += len(tokens)
+            if state is not None:
+                self._n_hits += 1
+                self._n_hit_tokens += state.n_tokens
+        if state is None:
+            raise KeyError(f"no cached prompt shares the beginning of these {len(tokens)} tokens")
+        return state
+
+    def __setitem__(self, key: Iterable[int], value: Any) -> None:
+        if isinstance(value, PageState):  # `attach` had it saved into a cache already
+            return
+        tokens = np.asarray(value.input_ids[: value.n_tokens], np.int32)
+        if not len(tokens):
+            return
+        blob = _aligned(value.llama_state)
+        binding = self._caller(blob, n_ctx=len(value.input_ids))
+        if binding is not None:
+            self.keep(binding, tokens, blob)
+
+    # --- what `attach` calls ------------------------------------------------------------------
+
+    def binding(self, llm: Llama) -> Binding:
+        """Return what the cache knows of a `Llama`; at first it looks, and computes a few tokens.
+
+        Raises
+        ------
+        ValueError
+            It makes embeddings.
+        OSError
+            The model's file cannot be read any more.
+        """
+        with self._lock:
+            known = self._bindings.get(llm)
+            if known is None:
+                known = self._bindings[llm] = self._new_binding(llm)
+            return known
+
+    def empty_state(self, binding: Binding) -> PageState:
+        """Return the state of a `Llama` that has no tokens."""
+        return self._handle(binding, _token_array([]), whole=memoryview(b""))
+
+    def empty_state(self, binding: Binding) -> PageState:
+        """Return the state of a `Llama` that has no tokens."""
+        return self._handle(binding, _token_array([]), whole=memoryview(b""))
+
+    def keep(
+        self, binding: Binding, tokens: npt.NDArray[np.int32], blob: memoryview
+    ) -> PageState:
+        """Keep a state, and return a handle that restores all of its tokens.
+
+        What the budget cannot hold is not kept; the handle has it all the same.
+        """
+        if binding.states is None:
+            with self._lock:
+                self._make_room(len(blob))
+                if self.cache_size + len(blob) <= self.capacity_bytes:
+                    self._whole.keep(binding.whole_identity, tokens, blob)
+            return self._handle(binding, tokens, whole=blob)
+        states = binding.states
+        state_format, places = parse_state(blob)
+        if state_format.records != states.state_format.records:
+            raise LlamaStateError(
+                "the state is not of the form that this model's states had before: "
+                f"{state_format.records[0]!r:.200}"
+            )
+        try:
+            sequence = states.keep(tokens, blob, places[0], self._make_room)
+        except OutOfMemoryError:  # with everything else evicted: the budget is for others
+            return self._handle(binding, tokens, whole=blob)
+        if len(sequence) < len(tokens):
+            return self._handle(binding, tokens, whole=blob)
+        return self._handle(binding, tokens, rows=(states, sequence))
+
+    # --- for its owner ------------------------------------------------------------------------
+
+    def pin(self, token_ids: Iterable[int]) -> int:
+        """Keep a cached prompt, such as a system prompt, until it is unpinned.
+
+        Returns
+        -------
+        int
+            How many of its tokens are cached, and will stay: 0 if it was not computed yet.
+        """
+        tokens = _token_array(token_ids).tolist()
+        return max((states.kv.prefixes.pin(tokens) for states in self._all_models()), default=0)
+
+    def unpin(self, token_ids: Iterable[int]) -> int:
+        """Take the pins of a prompt and of its beginnings back; return how many there were."""
+        tokens = _token_array(token_ids).tolist()
+        return sum(states.kv.prefixes.unpin(tokens) for states in self._all_models())
+
+    def clear(self) -> None:
+        """Forget all prompts but pinned ones, and give their memory back."""
+        for states in self._all_models():
+            states.kv.prefixes.clear()
+            states.kv.trim()
+        with self._lock:
+            while self._whole.evict():
+                pass
+
+    def stats(self) -> PageCacheStats:
+        """Return its numbers."""
+        with self._lock:
+            prefixes = [states.kv.prefixes.stats() for states in self._models.values()]
+            return PageCacheStats(
+                held_bytes=self.cache_size,
+                budget_bytes=self.capacity_bytes,
+                n_models=len(self._models),
+                n_blocks=sum(each.n_blocks for each in prefixes),
+                n_pinned_blocks=sum(each.n_pinned_blocks for each in prefixes),
+                n_whole_states=len(self._whole),
+                n_lookups=self._n_lookups,
+                n_hits=self._n_hits,
+                n_asked_tokens=self._n_asked_tokens,
+                n_hit_tokens=self._n_hit_tokens,
+                n_evicted_blocks=sum(each.n_evicted_blocks for each in prefixes),
+            )
+
+    def check(self) -> None:
+        """Raise InvariantError if what the modules say must hold does not."""
+        for states in self._all_models():
+            states.kv.check()
+
+    def close(self) -> None:
+        """Give all memory back; states that it handed out can be loaded no more."""
+        with self._lock:
+            self._closed = True
+            for states in self._models.values():
+                states.kv.close()
+            self._models.clear()
+            self._bindings.clear()
+            while self._whole.evict():
+                pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        return (
+            f"<PageCache of {stats.n_blocks} blocks of {stats.n_models} models, "
+            f"{format_bytes(stats.held_bytes)} of {format_bytes(stats.budget_bytes)}>"
+        )
+
+    # --- finding and keeping ------------------------------------------------------------------
+
+    def _find(self, binding: Binding | None, tokens: npt.NDArray[np.int32]) -> PageState | None:
+        if binding is None or not len(tokens):
+            return None
+        if binding.states is not None:
+            sequence = binding.states.find(tokens)
+            if sequence is not None:
+                rows = (binding.states, sequence)
+                return self._handle(binding, tokens[: len(sequence)], rows=rows, is_found=True)
+        with self._lock:
+            whole = self._whole.find(binding.whole_identity, tokens)
+        if whole is None:
+            return None
+        blob = memoryview(whole.blob)
+        return self._handle(binding, tokens[: whole.n_tokens], whole=blob, is_found=True)
+
+    def _handle(
+        self,
+        binding: Binding,
+        tokens: npt.NDArray[np.int32],
+        *,
+        rows: tuple[ModelStates, Sequence] | None = None,
+        whole: memoryview | None = None,
+        is_found: bool = False,
+    ) -> PageState:
+        return PageState(
+            binding.identity,
+            tokens,
+            n_ctx=binding.n_ctx,
+            seed=binding.seed,
+            rows=rows,
+            whole=whole,
+            context_header=binding.context_header,
+            is_found=is_found,
+        )
+
+    def _make_room(self, nbytes: int) -> None:
+        """Let go of what was used longest ago, until so many bytes fit into the budget."""
+        with self._lock:
+            while self.cache_size + nbytes > self.capacity_bytes and self._evict():
+                pass
+
+    def _evict(self) -> bool:
+        """Let go of a whole state, or a block of the model used longest ago."""
+        if self._whole.evict():
+            return True
+        models = sorted(self._models.values(), key=lambda states: states.last_use)
+        return any(states.kv.trim() or states.kv.prefixes.evict() for states in models)
+
+    # --- models -------------------------------------------------------------------------------
+
+    def _all_models(self) -> list[ModelStates]:
+        with self._lock:
+            return list(self._models.values())
+
+    def _caller(self, blob: memoryview | None = None, n_ctx: int = 0) -> Binding | None:
+        """Return what is known of the `Llama` whose method is asking.
+
+        It does not say who it is, but it must not be given rows of another model, which llama.cpp
+        would take: so the frame that called is looked at.  States that other code brings belong to
+        nobody, and are found by such code only.
+        """
+        llm = sys._getframe(2).f_locals.get("self")
+        if isinstance(llm, Llama):
+            return self.binding(llm)
+        with self._lock:
+            if self._nobody is None and blob is not None:
+                self._nobody = self._binding_of_nobody(blob, n_ctx)
+            return self._nobody
+
+    def _new_binding(self, llm: Llama) -> Binding:
+        context, identity = Context(llm), model_identity(llm)
+        max_tokens = max(context.n_ctx, llm._model.n_ctx_train())
+        states = None
+        try:
+            state_format = context.prove_format()
+            states = self._states_of(identity, state_format, context.head_dim, max_tokens)
+        except LlamaStateError as error:
+            warnings.warn(
+                f"states of {llm.model_path} are kept whole, and found only by prompts that begin "
+                f"with all of their tokens: {error}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return Binding(identity, states, context, context.n_ctx, context.context_header)
+
+    def _binding_of_nobody(self, blob: memoryview, n_ctx: int) -> Binding:
+        state_format = proven_format(blob)
+        states = self._states_of(NOBODY, state_format, 0, n_ctx)
+        return Binding(NOBODY, states, None, n_ctx, state_format.header)
+
+    def _states_of(
+        self, identity: bytes, state_format: StateFormat, head_dim: int, max_tokens: int
+    ) -> ModelStates:
+        if self._closed:
+            raise ClosedError("the cache is closed")
+        rows = repr((state_format.records, self._stored_as)).encode()
+        key = blake2b(identity + rows, digest_size=16).digest()
+        if key not in self._models:
+            self._models[key] = ModelStates(
+                state_format,
+                identity,
+                self._stored_as,
+                head_dim=head_dim,
+                max_tokens=max_tokens,
+                budget_bytes=self.capacity_bytes,
+                salt=self._salt,
+            )
+        return self._models[key]
+
+
+def _aligned(state: bytes) -> memoryview:
+    """Return a copy of a context's state whose rows can be looked at as numbers."""
+    n_header_bytes = 4 + int.from_bytes(state[:4], "little")
+    blob = new_blob(state[:n_header_bytes], len(state))
+    blob[:] = state
+    return blob
+
+
+def _token_array(token_ids: Any) -> npt.NDArray[np.int32]:
+    return np.asarray(token_ids, np.int32)
+
+
+def _salt_bytes(salt: str | bytes | None) -> bytes:
+    return salt.encode() if isinstance(salt, str) else salt or b""
+
+
+def _stored_as(k_type: str, v_type: str, rotate: str | None, *, quantize: bool) -> StoredAs:
+    if quantize:
+        if (k_type, v_type, rotate) != ("f16", "f16", None):
+            raise ValueError("quantize=True says k_type, v_type and rotate: leave them out")
+        return StoredAs("q8_0", "q4_0", None)
+    for name, value in (("k_type", k_type), ("v_type", v_type)):
+        if value not in STORED_TYPES:
+            raise ValueError(f"{name}={value!r}: {', '.join(map(repr, STORED_TYPES))} are possible")
+    if rotate not in (None, "", "k", "v", "kv"):
+        raise ValueError(f"rotate={rotate!r}: '', 'k', 'v' and 'kv' are possible")
+    return StoredAs(STORED_TYPES[k_type], STORED_TYPES[v_type], rotate)
