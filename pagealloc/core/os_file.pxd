@@ -13,3 +13,7 @@ cdef int os_map_file_to_read(
     void *address, size_t nbytes, int fd, int64_t offset
 ) noexcept nogil
 cdef int os_map_file(void *address, size_t nbytes, int fd, int64_t offset) noexcept nogil
+cdef int os_map_file_private(
+    void *address, size_t nbytes, int fd, int64_t offset
+) noexcept nogil
+cdef int os_map_zeros(void *address, size_t nbytes) noexcept nogil

@@ -10,7 +10,16 @@ Units
 
 from libc.errno cimport EINTR, ENOSYS, errno
 from libc.stdint cimport int64_t
-from posix.mman cimport MAP_FAILED, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
+from posix.mman cimport (
+    MAP_ANONYMOUS,
+    MAP_FAILED,
+    MAP_FIXED,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PROT_READ,
+    PROT_WRITE,
+    mmap,
+)
 from posix.stat cimport fchmod, fstat, struct_stat
 from posix.unistd cimport close, ftruncate, pwrite
 
@@ -126,21 +135,33 @@ cdef int64_t os_file_held_bytes(int fd) noexcept nogil:
 
 cdef int os_map_file(void *address, size_t nbytes, int fd, int64_t offset) noexcept nogil:
     """Map the file's range over `address`, shared and writable, replacing what was mapped there."""
-    return map_file(address, nbytes, PROT_READ | PROT_WRITE, fd, offset)
+    return map_over(address, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset)
 
 
 cdef int os_map_file_to_read(
     void *address, size_t nbytes, int fd, int64_t offset
 ) noexcept nogil:
     """As os_map_file, of a file that may only be read."""
-    return map_file(address, nbytes, PROT_READ, fd, offset)
+    return map_over(address, nbytes, PROT_READ, MAP_SHARED, fd, offset)
 
 
-cdef int map_file(
-    void *address, size_t nbytes, int protection, int fd, int64_t offset
+cdef int os_map_file_private(
+    void *address, size_t nbytes, int fd, int64_t offset
+) noexcept nogil:
+    """As os_map_file, but whoever writes to a page there gets a copy of it."""
+    return map_over(address, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, offset)
+
+
+cdef int os_map_zeros(void *address, size_t nbytes) noexcept nogil:
+    """Replace what was mapped there with memory that nothing stands behind yet."""
+    return map_over(address, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+
+
+cdef int map_over(
+    void *address, size_t nbytes, int protection, int flags, int fd, int64_t offset
 ) noexcept nogil:
     if os_refused(CALL_MMAP) or mmap(
-        address, nbytes, protection, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, offset
+        address, nbytes, protection, flags | MAP_FIXED | MAP_NORESERVE, fd, offset
     ) == MAP_FAILED:
         return errno
     return 0

@@ -12,17 +12,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pagealloc.llama.attaching import attach, detach
+    from pagealloc.llama.context_memory import KVMemory, KVMemoryStats, kv_memory
     from pagealloc.llama.page_cache import PageCache, PageCacheStats
     from pagealloc.llama.page_state import PageState
+    from pagealloc.llama.sequences import LlamaSequences, sequence
+    from pagealloc.llama.shared_prefix import SharedPrefix
 
-__all__ = ["PageCache", "PageCacheStats", "PageState", "attach", "detach"]
+__all__ = [
+    "KVMemory",
+    "KVMemoryStats",
+    "LlamaSequences",
+    "PageCache",
+    "PageCacheStats",
+    "PageState",
+    "SharedPrefix",
+    "attach",
+    "detach",
+    "kv_memory",
+    "sequence",
+]
 
 _ROOMS = {
+    "KVMemory": "context_memory",
+    "KVMemoryStats": "context_memory",
+    "LlamaSequences": "sequences",
     "PageCache": "page_cache",
     "PageCacheStats": "page_cache",
     "PageState": "page_state",
+    "SharedPrefix": "shared_prefix",
     "attach": "attaching",
     "detach": "attaching",
+    "kv_memory": "context_memory",
+    "sequence": "sequences",
 }
 
 

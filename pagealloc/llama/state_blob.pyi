@@ -27,7 +27,9 @@ class RecordPlace(NamedTuple):
     k: list[int]
     v: list[int]
 
-def parse_state(blob: Buffer) -> tuple[StateFormat, list[RecordPlace]]: ...
+def parse_state(
+    blob: Buffer, *, any_sequences: bool = False
+) -> tuple[StateFormat, list[RecordPlace]]: ...
 def write_state(
     state_format: StateFormat, blob: Buffer, positions: Sequence[npt.NDArray[np.int32]]
 ) -> list[RecordPlace]: ...

@@ -141,13 +141,16 @@ cdef class Reader:
         return value
 
 
-def parse_state(blob):
+def parse_state(blob, *, any_sequences=False):
     """Return what a blob looks like, and where its parts lie.
 
     Parameters
     ----------
     blob : buffer
         All of it.
+    any_sequences : bool
+        Take cells of several sequences, and of several streams: then there is a record, and a
+        place, for each stream that has some, and `write_state` cannot write it.
 
     Returns
     -------
@@ -162,11 +165,12 @@ def parse_state(blob):
     """
     cdef Reader reader = Reader(blob)
     header = read_header(reader)
-    records, places = [], []
-    while reader.at < reader.blob.shape[0] and len(records) < 2:
-        record, place = read_record(reader)
-        records.append(record)
-        places.append(place)
+    records, places, n_records = [], [], 0
+    while reader.at < reader.blob.shape[0] and n_records < 2:
+        streams = read_record(reader, any_sequences)
+        n_records += 1
+        records += [record for record, _ in streams]
+        places += [place for _, place in streams]
     if reader.at < reader.blob.shape[0]:
         raise LlamaStateError(
             f"{reader.blob.shape[0] - reader.at} bytes are left over behind the state's records"
@@ -189,49 +193,53 @@ cdef bytes read_header(Reader reader):
     return bytes(reader.blob[:reader.at])
 
 
-cdef tuple read_record(Reader reader):
+cdef list read_record(Reader reader, bint any_sequences):
+    """(RecordFormat, RecordPlace) of each stream that has cells."""
     cdef uint32_t n_streams = reader.bounded("the number of streams", MAX_STREAMS)
-    cdef uint32_t n_cells, stream, used = 0
+    cdef uint32_t n_cells, stream
     cdef bint is_transposed
-    if n_streams < 1:
-        raise LlamaStateError("the state has no stream")
-    record = place = None
+    found = []
     for stream in range(n_streams):
         n_cells = reader.u32("the number of cells")
         if not n_cells:
             continue
-        if record is not None:
-            raise LlamaStateError("the state has cells in several streams")
-        used = stream
-        positions = read_cells(reader, n_cells)
+        positions = read_cells(reader, n_cells, any_sequences)
         is_transposed = reader.bounded("whether V is transposed", 1)
         n_layers = reader.bounded("the number of layers", MAX_LAYERS)
         k, k_places = read_rows(reader, n_layers, n_cells, False)
         v, v_places = read_rows(reader, n_layers, n_cells, is_transposed)
-        record = RecordFormat(n_streams, used, is_transposed, k, v)
-        place = RecordPlace(positions, k_places, v_places)
-    if record is None:
+        record = RecordFormat(n_streams, stream, is_transposed, k, v)
+        found.append((record, RecordPlace(positions, k_places, v_places)))
+    if not found:
         raise LlamaStateError("the state holds no tokens")
-    return record, place
+    if len(found) > 1 and not any_sequences:
+        raise LlamaStateError("the state has cells in several streams")
+    return found
 
 
-cdef object read_cells(Reader reader, uint32_t n_cells):
-    """Positions of the cells, each of which is of one sequence."""
-    cdef int64_t i, start = reader.skip(CELL_BYTES * <int64_t>n_cells, "the cells")
-    cdef int32_t sequence = 0, other
+cdef object read_cells(Reader reader, uint32_t n_cells, bint any_sequences):
+    """Positions of the cells, each of which is of one sequence, or of any."""
+    cdef int64_t i, at
+    cdef int32_t sequence, first = 0
     cdef uint32_t n_sequences
+    reader.at = reader.skip(CELL_BYTES * <int64_t>n_cells, "the cells")
     positions = numpy.empty(n_cells, numpy.int32)
     cdef int32_t[::1] target = positions
-    memcpy(&sequence, &reader.blob[start + 8], 4)
     for i in range(n_cells):
-        memcpy(&target[i], &reader.blob[start + CELL_BYTES * i], 4)
-        memcpy(&n_sequences, &reader.blob[start + CELL_BYTES * i + 4], 4)
-        memcpy(&other, &reader.blob[start + CELL_BYTES * i + 8], 4)
-        if n_sequences != 1 or other != sequence or target[i] < 0:
+        at = reader.skip(CELL_BYTES, "a cell")
+        memcpy(&target[i], &reader.blob[at], 4)
+        memcpy(&n_sequences, &reader.blob[at + 4], 4)
+        memcpy(&sequence, &reader.blob[at + 8], 4)
+        if i == 0:
+            first = sequence
+        if target[i] < 0 or n_sequences < 1 or n_sequences > MAX_STREAMS or (
+            not any_sequences and (n_sequences != 1 or sequence != first)
+        ):
             raise LlamaStateError(
                 f"cell {i} of the state is at position {target[i]}, of {n_sequences} sequences: "
                 "one and the same for all is what can be taken apart"
             )
+        reader.skip(4 * (<int64_t>n_sequences - 1), "a cell's sequences")
     return positions
 
 
