@@ -18,14 +18,15 @@ Units
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 import threading
 import warnings
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import llama_cpp
 from llama_cpp import Llama
 from llama_cpp import llama_cpp as bindings
 
@@ -37,6 +38,7 @@ from pagealloc.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
     import numpy.typing as npt
 
@@ -311,29 +313,26 @@ class KVMemory:
         )
 
 
-_made_hook: BufferHook | None = None
-
-
+@functools.cache
 def _hook() -> BufferHook:
     """Return the hook on the ggml that llama.cpp uses; made, and tested, once."""
-    global _made_hook
-    if _made_hook is None:
-        # Through libllama's own handle: there may be other copies of ggml's file, unused.
-        names = (
-            "ggml_backend_cpu_buffer_type",
-            "ggml_backend_buft_alloc_buffer",
-            "ggml_backend_cpu_buffer_from_ptr",
-            "ggml_backend_buffer_clear",
-            "ggml_backend_buffer_free",
-        )
-        functions = [getattr(bindings._lib, name) for name in names]
-        addresses = [ctypes.cast(each, ctypes.c_void_p).value or 0 for each in functions]
-        _made_hook = BufferHook(*addresses, _is_writable)
-    return _made_hook
+    return BufferHook(
+        _address("ggml_backend_cpu_buffer_type"),
+        _address("ggml_backend_buft_alloc_buffer"),
+        _address("ggml_backend_cpu_buffer_from_ptr"),
+        _address("ggml_backend_buffer_clear"),
+        _address("ggml_backend_buffer_free"),
+        _is_writable,
+    )
+
+
+def _address(name: str) -> int:
+    """Return where a function lies: by libllama's handle, for there may be unused copies of ggml."""
+    return ctypes.cast(getattr(bindings._lib, name), ctypes.c_void_p).value or 0
 
 
 def _is_writable(address: int) -> bool:
-    with open("/proc/self/maps") as maps:
+    with Path("/proc/self/maps").open() as maps:
         for line in maps:
             extent, permissions = line.split(maxsplit=2)[:2]
             start, end = (int(each, 16) for each in extent.split("-"))
@@ -344,12 +343,12 @@ def _is_writable(address: int) -> bool:
 
 def _llama_being_made() -> weakref.ref[Llama] | None:
     """Return the `Llama` whose constructor makes the context; None if there is none."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         maker = frame.f_locals.get("self")
         if isinstance(maker, Llama):
             return weakref.ref(maker)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

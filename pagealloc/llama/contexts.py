@@ -83,7 +83,7 @@ class Context:
     @property
     def context_header(self) -> bytes:
         """What the blob of a whole context begins with."""
-        name = self.llm.metadata.get("general.architecture", "").encode()
+        name = str(self.llm.metadata.get("general.architecture", "")).encode()
         return len(name).to_bytes(4, "little") + name
 
     def take(self) -> Buffer:

@@ -126,10 +126,12 @@ class KVRows:
         tensor = self.tensors[2 * layer + (kv == "v")]
         all_cells = self.n_cells * self.n_streams
         name, value_bytes = PLAIN_TYPES.get(tensor.kind.ggml_type, ("", 0))
-        flat = np.frombuffer(self.buffer, np.uint8)[tensor.start : tensor.start + tensor.nbytes]
+        flat = np.frombuffer(memoryview(self.buffer), np.uint8)[
+            tensor.start : tensor.start + tensor.nbytes
+        ]
         if not name:
             return flat.reshape(all_cells, -1)
-        values = flat.view(np.uint16 if name == "bfloat16" else name)
+        values: npt.NDArray[Any] = flat.view(np.uint16 if name == "bfloat16" else name)
         n_values = tensor.kind.row_bytes // value_bytes
         if tensor.kind.value_bytes:
             by_channel = values.reshape(self.n_streams, n_values, self.n_cells)
@@ -196,20 +198,18 @@ def find_rows(context: int, buffer: KVBuffer) -> KVRows | None:
 
 
 def _by_head(rows: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
+    """Return rows (C, values) as (C, H, D), whatever their strides."""
     n_values = rows.shape[1]
     dim = head_dim if n_values % head_dim == 0 else n_values
-    return rows.reshape(len(rows), n_values // dim, dim) if rows.flags.c_contiguous else (
-        np.lib.stride_tricks.as_strided(
-            rows,
-            (len(rows), n_values // dim, dim),
-            (rows.strides[0], dim * rows.strides[1], rows.strides[1]),
-            writeable=False,
-        )
+    return np.lib.stride_tricks.as_strided(
+        rows,
+        (len(rows), n_values // dim, dim),
+        (rows.strides[0], dim * rows.strides[1], rows.strides[1]),
+        writeable=False,
     )
 
 
 def _runs(mask: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
     """Yield the ranges in which a mask is true."""
     edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
-    for first, end in edges.reshape(-1, 2).tolist():
-        yield first, end
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _parts(llm: Llama) -> Iterator[bytes]:
 
 def _samples(path: str) -> Iterator[bytes]:
     """Yield a file's length, and pieces of it; of a small file all of it."""
-    with open(path, "rb", buffering=0) as file:
+    with Path(path).open("rb", buffering=0) as file:
         n_bytes = os.fstat(file.fileno()).st_size
         yield n_bytes.to_bytes(8, "little")
         n_pieces = -(-n_bytes // SAMPLE_BYTES)

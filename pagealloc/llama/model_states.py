@@ -9,8 +9,8 @@ Structure
         K of layer 0, 1, 2 ...  -->  16 tokens: K and V of layer 0, -->  K of layer 0, 1, 2 ...
         V of layer 0, 1, 2 ...       of layer 1, ...                    V of layer 0, 1, 2 ...
 
-    A prompt's whole blocks are published, and are found by whatever prompt begins alike.  The
-    tokens behind them live as long as the sequence that `keep` returned.
+    A prompt's whole blocks are published, and are found by whatever prompt begins alike; the
+    tokens behind them are its tail.
 Locking
     None of its own: each call makes a sequence of its own, and the KV cache serialises these.
 Units
@@ -20,20 +20,22 @@ Units
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pagealloc import LlamaStateError, default_allocator
-from pagealloc.kv import KVCache, KVLayout
+from pagealloc import LlamaStateError, OutOfMemoryError, default_allocator
+from pagealloc.kv import KVLayout
 from pagealloc.llama.state_blob import StateFormat, transpose, write_state
+from pagealloc.llama.tails import Tails
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import numpy.typing as npt
 
-    from pagealloc.kv import Sequence
+    from pagealloc.kv import KVCache, Sequence
     from pagealloc.llama.state_blob import LayerType, RecordPlace
 
 __all__ = ["ModelStates", "StoredAs", "new_blob"]
@@ -76,6 +78,8 @@ class ModelStates:
         Of the model, see `model_identity`.
     stored_as : StoredAs
         How rows are stored.
+    new_kv : callable
+        Makes the KV cache of a layout and further arguments of `KVCache`, or finds one.
     head_dim : int
         Values of a head, which rotation is about; 0: nobody knows.
     max_tokens : int
@@ -96,6 +100,7 @@ class ModelStates:
         state_format: StateFormat,
         identity: bytes,
         stored_as: StoredAs,
+        new_kv: Callable[[KVLayout, dict[str, Any]], KVCache],
         *,
         head_dim: int,
         max_tokens: int,
@@ -121,11 +126,12 @@ class ModelStates:
             block_tokens=BLOCK_TOKENS,
         )
         options = stored_as.options(k_is_plain=self._k.is_plain, v_is_plain=self._v.is_plain)
-        self.kv = KVCache(
-            layout, budget_bytes=budget_bytes, salt=salt, model=identity, **options
-        )
+        options |= {"budget_bytes": budget_bytes, "salt": salt, "model": identity}
+        self.kv = new_kv(layout, options)
+        self.tails = Tails(BLOCK_TOKENS)
+        self._token_bytes = layout.token_bytes
         self._max_kept_tokens = min(
-            layout.max_tokens, budget_bytes // max(1, self.kv.cold_layout.token_bytes)
+            self.kv.layout.max_tokens, budget_bytes // self.kv.cold_layout.token_bytes
         )
 
     # --- blobs --------------------------------------------------------------------------------
@@ -161,34 +167,71 @@ class ModelStates:
         sequence = self._sequence(tokens[:n_kept])
         try:
             first = sequence.n_cached
-            make_room((n_kept - first) * self.kv.cold_layout.token_bytes)
-            rows = slice(first, n_kept) if order is None else order[first:n_kept]
-            for layer in range(len(self._record.k) if first < n_kept else 0):
-                k = self._k.rows(self._record.k[layer], blob, place.k[layer], n_cells)
-                sequence.append(
-                    layer,
-                    self._k.shaped(k[rows], layer),
-                    self._v.shaped(self._v_rows(layer, blob, place, rows), layer),
-                )
+            make_room(self._bytes_for(n_kept - first))
+            if first < n_kept:
+                rows = slice(first, n_kept) if order is None else order[first:n_kept]
+                for layer, k, v in self._rows(blob, place, rows):
+                    sequence.append(layer, k, v)
             sequence.publish()
+            if n_kept == n_cells:
+                n_whole = n_kept // BLOCK_TOKENS * BLOCK_TOKENS
+                rows = slice(n_whole, None) if order is None else order[n_whole:]
+                self._keep_tail(tokens, self._rows(blob, place, rows))
         except BaseException:
             sequence.close()
             raise
         return sequence
+
+    def _rows(
+        self, blob: memoryview, place: RecordPlace, rows: Any
+    ) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]:
+        """Yield each layer, and K and V of some cells of a state."""
+        n_cells = len(place.positions)
+        for layer, kind in enumerate(self._record.k):
+            k = self._k.rows(kind, blob, place.k[layer], n_cells)[rows]
+            v = self._v_rows(layer, blob, place, rows)
+            yield layer, self._k.shaped(k, layer), self._v.shaped(v, layer)
 
     def _v_rows(
         self, layer: int, blob: memoryview, place: RecordPlace, rows: Any
     ) -> npt.NDArray[Any]:
         kind, n_cells = self._record.v[layer], len(place.positions)
         if not self._record.is_transposed:
-            return self._v.rows(kind, blob, place.v[layer], n_cells)[rows]
+            some: npt.NDArray[Any] = self._v.rows(kind, blob, place.v[layer], n_cells)[rows]
+            return some
         channels = self._v.rows(kind, blob, place.v[layer], n_cells).reshape(-1, n_cells)
         if not isinstance(rows, slice):
             return np.ascontiguousarray(channels.T[rows])
         found = channels[:, rows]
         words = np.empty(found.shape[::-1], self._v.word)
         transpose(found.view(self._v.word), words)
-        return words.view(found.dtype)
+        rows_found: npt.NDArray[Any] = words.view(found.dtype)
+        return rows_found
+
+    def _keep_tail(
+        self,
+        tokens: npt.NDArray[np.int32],
+        layers: Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]],
+    ) -> None:
+        n_tail = len(tokens) % BLOCK_TOKENS
+        tail = self.tails.new(tokens, n_tail * self._token_bytes) if n_tail else None
+        if tail is None:
+            return
+        for (_, k, v), (_, k_kept, v_kept) in zip(layers, self._tail_rows(tail), strict=True):
+            k_kept[...] = k
+            v_kept[...] = v
+
+    def _tail_rows(
+        self, tail: memoryview
+    ) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]:
+        """Yield each layer, and K and V of a tail."""
+        n_tokens, at = len(tail) // self._token_bytes, 0
+        for layer, kinds in enumerate(zip(self._record.k, self._record.v, strict=True)):
+            rows = []
+            for kind, which in zip(kinds, (self._k, self._v), strict=True):
+                rows.append(which.shaped(which.rows(kind, tail, at, n_tokens), layer))
+                at += n_tokens * kind.row_bytes
+            yield layer, rows[0], rows[1]
 
     def blob(self, sequence: Sequence, header: bytes) -> memoryview:
         """Return a blob for llama.cpp with the rows of a sequence, in memory that is its own.
@@ -226,15 +269,47 @@ class ModelStates:
             words = target.reshape(-1, n_tokens).view(self._v.word)
             transpose(rows.view(self._v.word), words)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is cached."""
+        return not self.kv.sequences and not self.kv.prefixes.stats().n_blocks
+
     # --- prompts ------------------------------------------------------------------------------
 
     def find(self, tokens: npt.NDArray[np.int32]) -> Sequence | None:
         """Return a sequence with the longest prefix of a prompt that is known, to be closed."""
         sequence = self._sequence(tokens[: self._max_kept_tokens])
-        if sequence.n_cached:
+        tail = self.tails.find(tokens[: self._max_kept_tokens], sequence.n_cached)
+        if tail is not None:
+            with suppress(OutOfMemoryError):  # then it is a few tokens shorter
+                for layer, k, v in self._tail_rows(tail[1]):
+                    sequence.append(layer, k[: tail[0]], v[: tail[0]])
+            sequence.rollback()
+        if len(sequence):
             return sequence
         sequence.close()
         return None
+
+    @property
+    def nbytes(self) -> int:
+        """Physical bytes of all rows."""
+        return self.kv.stats().file_bytes + self.tails.nbytes
+
+    def evict(self) -> bool:
+        """Let go of the block used longest ago, and of a tail; False if all are needed."""
+        return bool(self.kv.trim()) | self.tails.evict() | self.kv.prefixes.evict()
+
+    def clear(self) -> None:
+        """Let go of all that nobody needs."""
+        while self.evict():
+            pass
+
+    def _bytes_for(self, n_tokens: int) -> int:
+        """Return how many bytes so many tokens more may take."""
+        layout = self.kv.cold_layout
+        return (layout.n_blocks(n_tokens) + 1) * layout.block_bytes + (
+            BLOCK_TOKENS * self._token_bytes
+        )
 
     def _sequence(self, tokens: npt.NDArray[np.int32]) -> Sequence:
         self.last_use = time.monotonic()
@@ -283,7 +358,8 @@ class _Kind:
         """Return a layer's rows in a blob: an array (T, values); by channel if transposed."""
         n_values = kind.row_bytes // self.storage.itemsize
         flat = np.frombuffer(blob, self.storage, n_tokens * n_values, offset)
-        return flat.reshape(n_tokens, n_values)
+        rows: npt.NDArray[Any] = flat.reshape(n_tokens, n_values)
+        return rows
 
     def shaped(self, rows: npt.NDArray[Any], layer: int) -> npt.NDArray[Any]:
         """Return rows by head."""

@@ -21,14 +21,16 @@ import threading
 import warnings
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from llama_cpp import BaseLlamaCache, Llama
 
-from pagealloc import ClosedError, LlamaStateError, OutOfMemoryError
+from pagealloc import ClosedError, LlamaStateError, OutOfMemoryError, PageallocError
 from pagealloc.llama.contexts import Context, proven_format
+from pagealloc.llama.kv_sources import KVSources
 from pagealloc.llama.model_identity import model_identity
 from pagealloc.llama.model_states import ModelStates, StoredAs, new_blob
 from pagealloc.llama.page_state import PageState
@@ -37,12 +39,13 @@ from pagealloc.llama.whole_states import WholeStates
 from pagealloc.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    import os
+    from collections.abc import Callable, Iterable
     from typing import Self
 
     import numpy.typing as npt
 
-    from pagealloc.kv import Sequence
+    from pagealloc.kv import KVCache, Sequence
     from pagealloc.llama.state_blob import StateFormat
 
 __all__ = ["Binding", "PageCache", "PageCacheStats"]
@@ -71,10 +74,10 @@ class PageCacheStats(NamedTuple):
 
 @dataclass
 class Binding:
-    """What a cache knows of a `Llama`; `states` is None where whole states are kept."""
+    """What a cache knows of a `Llama`; `name` is None where states are kept whole."""
 
     identity: bytes
-    states: ModelStates | None
+    name: str | None
     context: Context | None
     n_ctx: int
     context_header: bytes
@@ -107,6 +110,10 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         Which of them are multiplied by a Hadamard matrix before; by default what has 4 bits.
     salt : str or bytes, optional
         Names the owner: prompts of other salts are not found.
+    path : path, optional
+        Folder in which prompts are kept from one start of the program to the next; written by
+        `save`, and by `close` or at exit.  Rows are read when a prompt first asks for them.  Needs
+        the package xxhash (``pagealloc[disk]``).
 
     Notes
     -----
@@ -114,9 +121,9 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
     cached state belongs to one model, adapter and RoPE setting, see `model_identity`, whichever
     `Llama` it came from.
 
-    Prompts are found by whole blocks of 16 tokens, whoever computed them, and the longest match is
-    restored.  States that cannot be taken apart (recurrent models, sliding windows) are kept as
-    they are, and found by a prompt that begins with all of their tokens.
+    Prompts are kept in blocks of 16 tokens, and share those they have in common, whoever computed
+    them.  The longest match is restored.  States that cannot be taken apart (recurrent models,
+    sliding windows) are kept as they are, and found by a prompt that begins with all their tokens.
 
     `pagealloc.llama.attach` makes a `Llama` save and load without the copies that `set_cache`
     alone cannot avoid.
@@ -136,17 +143,23 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         v_type: str = "f16",
         rotate: str | None = None,
         salt: str | bytes | None = None,
+        path: str | os.PathLike[str] | None = None,
+        _owner: str | os.PathLike[str] | None = None,
     ) -> None:
         self.capacity_bytes = parse_bytes(budget, name="budget")
         self._stored_as = _stored_as(k_type, v_type, rotate, quantize=quantize)
         self._salt = salt
         self._lock = threading.RLock()
-        self._models: dict[bytes, ModelStates] = {}
+        self._sources = KVSources(path, _owner)
+        self._models: dict[str, ModelStates] = {}
+        self._makers: dict[str, Callable[[], ModelStates]] = {}
         self._bindings: weakref.WeakKeyDictionary[Llama, Binding] = weakref.WeakKeyDictionary()
         self._nobody: Binding | None = None
-        self._whole = WholeStates(blake2b(_salt_bytes(salt)).digest())
+        self._whole = WholeStates(_salt_key(salt))
         self._n_lookups = self._n_hits = self._n_asked_tokens = self._n_hit_tokens = 0
         self._closed = False
+        if path is not None:
+            self._at_exit = weakref.finalize(self, _save_at_exit, self._sources, self._models)
 
     # --- what llama-cpp-python calls ----------------------------------------------------------
 
@@ -157,7 +170,7 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
     def cache_size(self) -> int:
         """Bytes held: of pages, and of whole states."""
         with self._lock:
-            held = sum(states.kv.stats().file_bytes for states in self._models.values())
+            held = sum(states.nbytes for states in self._models.values())
             return held + self._whole.nbytes
 
     def __contains__(self, key: object) -> bool:
@@ -209,24 +222,18 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         """Return the state of a `Llama` that has no tokens."""
         return self._handle(binding, _token_array([]), whole=memoryview(b""))
 
-    def empty_state(self, binding: Binding) -> PageState:
-        """Return the state of a `Llama` that has no tokens."""
-        return self._handle(binding, _token_array([]), whole=memoryview(b""))
-
-    def keep(
-        self, binding: Binding, tokens: npt.NDArray[np.int32], blob: memoryview
-    ) -> PageState:
+    def keep(self, binding: Binding, tokens: npt.NDArray[np.int32], blob: memoryview) -> PageState:
         """Keep a state, and return a handle that restores all of its tokens.
 
         What the budget cannot hold is not kept; the handle has it all the same.
         """
-        if binding.states is None:
+        states = self._states(binding)
+        if states is None:
             with self._lock:
                 self._make_room(len(blob))
                 if self.cache_size + len(blob) <= self.capacity_bytes:
                     self._whole.keep(binding.whole_identity, tokens, blob)
             return self._handle(binding, tokens, whole=blob)
-        states = binding.states
         state_format, places = parse_state(blob)
         if state_format.records != states.state_format.records:
             raise LlamaStateError(
@@ -262,8 +269,7 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
     def clear(self) -> None:
         """Forget all prompts but pinned ones, and give their memory back."""
         for states in self._all_models():
-            states.kv.prefixes.clear()
-            states.kv.trim()
+            states.clear()
         with self._lock:
             while self._whole.evict():
                 pass
@@ -291,13 +297,73 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         for states in self._all_models():
             states.kv.check()
 
-    def close(self) -> None:
-        """Give all memory back; states that it handed out can be loaded no more."""
+    def save(self) -> int:
+        """Write all blocks to the files in `path`; return how many.
+
+        Raises
+        ------
+        ValueError
+            The cache has no path.
+        OSError
+            They cannot be written; what was there is there.
+        """
+        return self._sources.save(self._caches())
+
+    def serve(self, folder: str | os.PathLike[str]) -> None:
+        """Let other processes of this user find prompts here: ``PageCache.attach(folder)``.
+
+        Parameters
+        ----------
+        folder : path
+            Of sockets; made, for this user only, if it is missing.
+
+        Raises
+        ------
+        OSError
+            There can be no socket, others may open the folder, or another process serves there.
+        """
         with self._lock:
+            self._sources.serve(folder, self._caches())
+
+    @classmethod
+    def attach(
+        cls, folder: str | os.PathLike[str], budget: int | str = "2GiB", **options: Any
+    ) -> Self:
+        """Return a cache that also finds prompts of the process that serves at a folder.
+
+        Its rows are mapped, not copied.  What this process computes is its own, in its own budget.
+        How rows are stored is the owner's to say; `salt` must be the owner's.  The owner may come
+        later, and may go: then what was not restored yet is computed.
+
+        Parameters
+        ----------
+        folder : path
+            At which the owner serves.
+        budget, **options
+            As of `PageCache`.
+        """
+        return cls(budget, _owner=folder, **options)
+
+    def close(self) -> None:
+        """Write the files, if it has a path, and give all memory back.
+
+        States that it handed out can be loaded no more.
+
+        Raises
+        ------
+        BufferError
+            Other processes have prompts of it: nothing was closed.
+        OSError
+            The files cannot be written: nothing was closed.
+        """
+        with self._lock:
+            if self._sources.path is not None and not self._closed:
+                self.save()
+                self._at_exit.detach()
+            for name in list(self._models):
+                self._models[name].kv.close()
+                del self._models[name]
             self._closed = True
-            for states in self._models.values():
-                states.kv.close()
-            self._models.clear()
             self._bindings.clear()
             while self._whole.evict():
                 pass
@@ -320,10 +386,11 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
     def _find(self, binding: Binding | None, tokens: npt.NDArray[np.int32]) -> PageState | None:
         if binding is None or not len(tokens):
             return None
-        if binding.states is not None:
-            sequence = binding.states.find(tokens)
+        states = self._states(binding)
+        if states is not None:
+            sequence = states.find(tokens)
             if sequence is not None:
-                rows = (binding.states, sequence)
+                rows = (states, sequence)
                 return self._handle(binding, tokens[: len(sequence)], rows=rows, is_found=True)
         with self._lock:
             whole = self._whole.find(binding.whole_identity, tokens)
@@ -363,9 +430,13 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         if self._whole.evict():
             return True
         models = sorted(self._models.values(), key=lambda states: states.last_use)
-        return any(states.kv.trim() or states.kv.prefixes.evict() for states in models)
+        return any(states.evict() for states in models)
 
     # --- models -------------------------------------------------------------------------------
+
+    def _caches(self) -> dict[str, KVCache]:
+        with self._lock:
+            return {name: states.kv for name, states in self._models.items()}
 
     def _all_models(self) -> list[ModelStates]:
         with self._lock:
@@ -389,10 +460,10 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
     def _new_binding(self, llm: Llama) -> Binding:
         context, identity = Context(llm), model_identity(llm)
         max_tokens = max(context.n_ctx, llm._model.n_ctx_train())
-        states = None
+        name = None
         try:
             state_format = context.prove_format()
-            states = self._states_of(identity, state_format, context.head_dim, max_tokens)
+            name = self._name_of(identity, state_format, context.head_dim, max_tokens)
         except LlamaStateError as error:
             warnings.warn(
                 f"states of {llm.model_path} are kept whole, and found only by prompts that begin "
@@ -400,31 +471,48 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
                 RuntimeWarning,
                 stacklevel=4,
             )
-        return Binding(identity, states, context, context.n_ctx, context.context_header)
+        return Binding(identity, name, context, context.n_ctx, context.context_header)
 
     def _binding_of_nobody(self, blob: memoryview, n_ctx: int) -> Binding:
         state_format = proven_format(blob)
-        states = self._states_of(NOBODY, state_format, 0, n_ctx)
-        return Binding(NOBODY, states, None, n_ctx, state_format.header)
+        name = self._name_of(NOBODY, state_format, 0, n_ctx)
+        return Binding(NOBODY, name, None, n_ctx, state_format.header)
 
-    def _states_of(
+    def _name_of(
         self, identity: bytes, state_format: StateFormat, head_dim: int, max_tokens: int
-    ) -> ModelStates:
+    ) -> str:
+        """Return the name of what there is of a model, which is made if it is new."""
         if self._closed:
             raise ClosedError("the cache is closed")
-        rows = repr((state_format.records, self._stored_as)).encode()
-        key = blake2b(identity + rows, digest_size=16).digest()
-        if key not in self._models:
-            self._models[key] = ModelStates(
+        rows = repr(state_format.records).encode()
+        name = blake2b(identity + rows, digest_size=16, key=_salt_key(self._salt)).hexdigest()
+        if name not in self._models:
+            self._makers[name] = partial(
+                ModelStates,
                 state_format,
                 identity,
                 self._stored_as,
+                partial(self._sources.new, name),
                 head_dim=head_dim,
                 max_tokens=max_tokens,
                 budget_bytes=self.capacity_bytes,
                 salt=self._salt,
             )
-        return self._models[key]
+            self._models[name] = self._makers[name]()
+        return name
+
+    def _states(self, binding: Binding) -> ModelStates | None:
+        """Return what there is of a model; None where states are kept whole."""
+        if binding.name is None:
+            return None
+        with self._lock:
+            states = self._models.get(binding.name)
+            if states is None:
+                raise ClosedError("the cache is closed")
+            if self._sources.may_join(binding.name) and states.is_empty:
+                states.kv.close()  # it was there before its owner
+                states = self._models[binding.name] = self._makers[binding.name]()
+            return states
 
 
 def _aligned(state: bytes) -> memoryview:
@@ -439,8 +527,15 @@ def _token_array(token_ids: Any) -> npt.NDArray[np.int32]:
     return np.asarray(token_ids, np.int32)
 
 
-def _salt_bytes(salt: str | bytes | None) -> bytes:
-    return salt.encode() if isinstance(salt, str) else salt or b""
+def _salt_key(salt: str | bytes | None) -> bytes:
+    return blake2b(salt.encode() if isinstance(salt, str) else salt or b"").digest()
+
+
+def _save_at_exit(sources: KVSources, models: dict[str, ModelStates]) -> None:
+    try:
+        sources.save({name: states.kv for name, states in models.items()})
+    except (OSError, PageallocError) as error:
+        warnings.warn(f"prompts are not saved: {error}", RuntimeWarning, stacklevel=1)
 
 
 def _stored_as(k_type: str, v_type: str, rotate: str | None, *, quantize: bool) -> StoredAs:

@@ -60,14 +60,16 @@ class LlamaSequences:
         """How many sequences the context has: their ids are 0 to ``n_seq_max - 1``."""
         return int(llama_cpp.llama_n_seq_max(self._context))
 
-    def rm(self, seq_id: SupportsIndex = -1, p0: SupportsIndex = -1, p1: SupportsIndex = -1) -> bool:
+    def rm(
+        self, seq_id: SupportsIndex = -1, p0: SupportsIndex = -1, p1: SupportsIndex = -1
+    ) -> bool:
         """Remove the tokens at positions [p0, p1) of a sequence, or, with -1, of all of them.
 
         Returns
         -------
         bool
-            False if the model's memory cannot be cut there (a recurrent state has no positions), and
-            nothing was removed.
+            False if the model's memory cannot be cut there (a recurrent state has no positions):
+            then nothing was removed.
 
         Raises
         ------
@@ -199,7 +201,9 @@ class LlamaSequences:
         number = self._id("seq_id", seq_id)
         rope_type = llama_cpp.llama_model_rope_type(self._llm._model.model)
         if rope_type in ROPE_TYPES_OF_SEVERAL_POSITIONS:
-            raise ValueError(f"{what}(): tokens of this model have a position in several dimensions")
+            raise ValueError(
+                f"{what}(): tokens of this model have a position in several dimensions"
+            )
         if not llama_cpp.llama_memory_can_shift(self._memory):
             raise ValueError(f"{what}(): this model's positions cannot be moved")
         return number

@@ -370,6 +370,8 @@ def transpose(source, target) -> None:
     """
     if source.shape != target.shape[::-1] or source.dtype != target.dtype:
         raise ValueError(f"{target.dtype}{target.shape} is not the transpose of {source.shape}")
+    if not source.size:
+        return
     if not source.strides[1] == target.strides[1] == source.itemsize:
         raise ValueError("values of a row must be neighbours")
     if source.dtype == numpy.uint16:
@@ -379,20 +381,18 @@ def transpose(source, target) -> None:
 
 
 cdef int transpose_16(const uint16_t[:, :] source, uint16_t[:, :] target) except -1:
-    if source.shape[0] and source.shape[1]:
-        with nogil:
-            pagealloc_transpose_16(
-                &target[0, 0], target.strides[0] // 2, &source[0, 0], source.strides[0] // 2,
-                source.shape[0], source.shape[1],
-            )
+    with nogil:
+        pagealloc_transpose_16(
+            &target[0, 0], target.strides[0] // 2, &source[0, 0], source.strides[0] // 2,
+            source.shape[0], source.shape[1],
+        )
     return 0
 
 
 cdef int transpose_32(const uint32_t[:, :] source, uint32_t[:, :] target) except -1:
-    if source.shape[0] and source.shape[1]:
-        with nogil:
-            pagealloc_transpose_32(
-                &target[0, 0], target.strides[0] // 4, &source[0, 0], source.strides[0] // 4,
-                source.shape[0], source.shape[1],
-            )
+    with nogil:
+        pagealloc_transpose_32(
+            &target[0, 0], target.strides[0] // 4, &source[0, 0], source.strides[0] // 4,
+            source.shape[0], source.shape[1],
+        )
     return 0

@@ -17,11 +17,10 @@ from collections import Counter, OrderedDict
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from pagealloc import Buffer, default_allocator
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
 
 __all__ = ["WholeStates"]
