@@ -198,6 +198,7 @@ cdef void release(region_t *region) noexcept nogil:
     if region.has_file and os_map_zeros(region.base, region.nbytes) != 0:
         region.base = NULL
         return
+    os_purge(region.base, region.nbytes)    # at once: KV is large, and the next may be long in coming
     if region.heap != NULL:
         page_free(region.heap, region.base)
     region.base = NULL

@@ -9,8 +9,8 @@ Structure
         K of layer 0, 1, 2 ...  -->  16 tokens: K and V of layer 0, -->  K of layer 0, 1, 2 ...
         V of layer 0, 1, 2 ...       of layer 1, ...                    V of layer 0, 1, 2 ...
 
-    A prompt's whole blocks are published, and are found by whatever prompt begins alike; the
-    tokens behind them are its tail.
+    A prompt's whole blocks are published, and are found by whatever prompt begins alike; what it
+    shares with others behind them, `Branches` know.
 Locking
     None of its own: each call makes a sequence of its own, and the KV cache serialises these.
 Units
@@ -27,8 +27,8 @@ import numpy as np
 
 from pagealloc import LlamaStateError, OutOfMemoryError, default_allocator
 from pagealloc.kv import KVLayout
+from pagealloc.llama.branches import Branches
 from pagealloc.llama.state_blob import StateFormat, transpose, write_state
-from pagealloc.llama.tails import Tails
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,7 +128,7 @@ class ModelStates:
         options = stored_as.options(k_is_plain=self._k.is_plain, v_is_plain=self._v.is_plain)
         options |= {"budget_bytes": budget_bytes, "salt": salt, "model": identity}
         self.kv = new_kv(layout, options)
-        self.tails = Tails(BLOCK_TOKENS)
+        self.branches = Branches(BLOCK_TOKENS)
         self._token_bytes = layout.token_bytes
         self._max_kept_tokens = min(
             self.kv.layout.max_tokens, budget_bytes // self.kv.cold_layout.token_bytes
@@ -173,6 +173,7 @@ class ModelStates:
                 for layer, k, v in self._rows(blob, place, rows):
                     sequence.append(layer, k, v)
             sequence.publish()
+            self.branches.note_blocks(tokens[:n_kept], first)
             if n_kept == n_cells:
                 n_whole = n_kept // BLOCK_TOKENS * BLOCK_TOKENS
                 rows = slice(n_whole, None) if order is None else order[n_whole:]
@@ -213,8 +214,7 @@ class ModelStates:
         tokens: npt.NDArray[np.int32],
         layers: Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]],
     ) -> None:
-        n_tail = len(tokens) % BLOCK_TOKENS
-        tail = self.tails.new(tokens, n_tail * self._token_bytes) if n_tail else None
+        tail = self.branches.new_tail(tokens, len(tokens) % BLOCK_TOKENS * self._token_bytes)
         if tail is None:
             return
         for (_, k, v), (_, k_kept, v_kept) in zip(layers, self._tail_rows(tail), strict=True):
@@ -278,13 +278,24 @@ class ModelStates:
 
     def find(self, tokens: npt.NDArray[np.int32]) -> Sequence | None:
         """Return a sequence with the longest prefix of a prompt that is known, to be closed."""
-        sequence = self._sequence(tokens[: self._max_kept_tokens])
-        tail = self.tails.find(tokens[: self._max_kept_tokens], sequence.n_cached)
-        if tail is not None:
+        tokens = tokens[: self._max_kept_tokens]
+        sequence = self._sequence(tokens)
+        n_known = sequence.n_cached
+        branch = self.branches.find(tokens, n_known)
+        if branch is not None and branch.rows is not None:
             with suppress(OutOfMemoryError):  # then it is a few tokens shorter
-                for layer, k, v in self._tail_rows(tail[1]):
-                    sequence.append(layer, k[: tail[0]], v[: tail[0]])
+                for layer, k, v in self._tail_rows(branch.rows):
+                    sequence.append(layer, k[: branch.n_shared], v[: branch.n_shared])
             sequence.rollback()
+        elif branch is not None:
+            longer = self.kv.sequence(np.concatenate((tokens[:n_known], branch.tokens)))
+            if longer.n_cached > n_known:
+                longer.truncate(n_known + branch.n_shared)
+                sequence.close()
+                sequence = longer
+            else:
+                longer.close()
+                self.branches.forget_block(tokens, n_known, branch)
         if len(sequence):
             return sequence
         sequence.close()
@@ -293,11 +304,11 @@ class ModelStates:
     @property
     def nbytes(self) -> int:
         """Physical bytes of all rows."""
-        return self.kv.stats().file_bytes + self.tails.nbytes
+        return self.kv.stats().file_bytes + self.branches.nbytes
 
     def evict(self) -> bool:
         """Let go of the block used longest ago, and of a tail; False if all are needed."""
-        return bool(self.kv.trim()) | self.tails.evict() | self.kv.prefixes.evict()
+        return bool(self.kv.trim()) | self.branches.evict() | self.kv.prefixes.evict()
 
     def clear(self) -> None:
         """Let go of all that nobody needs."""

@@ -5,6 +5,8 @@ import numpy as np
 from pagealloc.demo.errors import require_extra
 from pagealloc.demo.tokenizer import SPACE, TokenKind
 
+PROMPT = "The quick brown fox jumps over the lazy dog, and then it thinks about what it has done. "
+
 TOKENS = ["<unk>", "<s>", "</s>", SPACE, *(f"<0x{byte:02X}>" for byte in range(256))]
 WIDTH, INNER, STATE, CONV, DT_RANK, N_LAYERS = 64, 128, 8, 4, 8, 2
 
@@ -57,3 +59,33 @@ def write_tiny_mamba(path, seed=0):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def complete(llm, prompt, max_tokens=12):
+    answer = llm.create_completion(prompt, max_tokens=max_tokens, temperature=0.0, seed=1)
+    return answer["choices"][0]["text"]
+
+
+def logits(llm):
+    """The logits of the last token that was evaluated."""
+    return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm._n_vocab,)).copy()
+
+
+def token_ids(n_tokens, seed=1):
+    return np.random.default_rng(seed).integers(4, 260, n_tokens).tolist()
+
+
+def adopt_and_evaluate(pipe, path):
+    """In another process: begin with a prefix that comes through a pipe."""
+    import llama_cpp
+
+    from pagealloc.llama import kv_memory
+
+    options = {"n_ctx": 512, "n_batch": 64, "verbose": False, "n_threads": 2, "flash_attn": True}
+    with kv_memory() as kv:
+        llm = llama_cpp.Llama(path, **options)
+    kv.adopt(pipe.recv())
+    n_tokens = llm.n_tokens
+    llm.eval([5])
+    pipe.send((n_tokens, logits(llm)))
+    llm.close()

@@ -30,9 +30,7 @@ def records(draw):
         draw(st.integers(0, n_streams - 1)),
         is_transposed,
         tuple(LayerType(draw(st.integers(0, 40)), draw(rows)) for _ in range(n_layers)),
-        tuple(
-            LayerType(1, draw(rows), 2 if is_transposed else 0) for _ in range(n_layers)
-        ),
+        tuple(LayerType(1, draw(rows), 2 if is_transposed else 0) for _ in range(n_layers)),
     )
 
 
