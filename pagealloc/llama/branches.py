@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Branch", "Branches"]
 
 MAX_BLOCKS = 1 << 16
-"""Of blocks that are noted: those used longest ago are forgotten, and found as whole blocks only."""
+"""Of blocks that are noted: those used longest ago are forgotten, and found whole only."""
 
 
 class Branch(NamedTuple):

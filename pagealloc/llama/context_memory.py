@@ -327,7 +327,7 @@ def _hook() -> BufferHook:
 
 
 def _address(name: str) -> int:
-    """Return where a function lies: by libllama's handle, for there may be unused copies of ggml."""
+    """Return where a function lies, by libllama's handle: there may be unused copies of ggml."""
     return ctypes.cast(getattr(bindings._lib, name), ctypes.c_void_p).value or 0
 
 

@@ -1,7 +1,6 @@
 """Models for the tests of pagealloc.llama, which need llama-cpp-python."""
 
 import pytest
-
 from llama_models import write_tiny_mamba
 
 from pagealloc.demo.tiny_model import write_tiny_model

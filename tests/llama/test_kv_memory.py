@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import resource
 
-import llama_cpp
 import numpy as np
 import pytest
 from llama_models import adopt_and_evaluate, complete, logits, token_ids
@@ -105,7 +104,7 @@ class TestMemory:
             llm = make()
         assert not kv.is_ours
         assert complete(llm, "Hi") == complete(make(), "Hi")
-        with pytest.raises(ValueError, match="llama.cpp's own"):
+        with pytest.raises(ValueError, match=r"llama\.cpp's own"):
             kv.k(0)
 
     def test_an_allocator_that_nobody_keeps(self, make):
@@ -123,7 +122,7 @@ class TestMemory:
         assert not kv.is_live
         assert complete(second, "Hi") == complete(make(), "Hi")
 
-    def test_nothing_stays_replaced(self, make):
+    def test_nothing_stays_replaced(self):
         init = llama_cpp.llama_cpp.llama_init_from_model
         with pytest.raises(ZeroDivisionError), kv_memory():
             raise ZeroDivisionError
@@ -164,7 +163,7 @@ class TestSelfTest:
         assert complete(llm, "Hi") == complete(make(), "Hi")
 
     def test_a_table_that_cannot_be_written(self, make, monkeypatch):
-        monkeypatch.setattr(context_memory, "_is_writable", lambda address: False)
+        monkeypatch.setattr(context_memory, "_is_writable", lambda _: False)
         monkeypatch.setattr(context_memory, "_hook", context_memory._hook.__wrapped__)
         with pytest.warns(RuntimeWarning, match="cannot be written"), kv_memory():
             make()

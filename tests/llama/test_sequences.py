@@ -2,7 +2,6 @@
 
 import ctypes
 
-import llama_cpp
 import numpy as np
 import pytest
 from hypothesis import given, settings

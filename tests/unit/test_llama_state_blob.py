@@ -35,10 +35,12 @@ def records(draw):
 
 
 @st.composite
-def states(draw, n_records=st.integers(1, 2)):
+def states(draw):
     """A blob with rows of any bytes, its format, and where these lie."""
     header = draw(st.sampled_from((SEQUENCE_HEADER, CONTEXT_HEADER)))
-    state_format = StateFormat(header, tuple(draw(records()) for _ in range(draw(n_records))))
+    state_format = StateFormat(
+        header, tuple(draw(records()) for _ in range(draw(st.integers(1, 2))))
+    )
     positions = [
         np.array(draw(st.permutations(range(n))), np.int32)
         for n in (draw(st.integers(1, 20)) for _ in state_format.records)
@@ -94,8 +96,7 @@ def test_flipped_bits_are_refused_or_in_rows(state, data):
     blob[at] ^= 1 << data.draw(st.integers(0, 7))
     try:
         parsed, places = parse_state(blob)
-    except LlamaStateError as error:
-        assert str(error)
+    except LlamaStateError:
         return
     n_cells = [len(place.positions) for place in places]
     assert parsed.nbytes(n_cells) == len(blob)
