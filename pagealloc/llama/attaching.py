@@ -83,7 +83,7 @@ def _save(llm: Llama, cache: PageCache, binding: Binding) -> PageState:
     tokens = np.array(llm.input_ids[: llm.n_tokens], np.int32)
     if binding.context is None or not len(tokens):
         return cache.empty_state(binding)
-    state = cache.keep(binding, tokens, memoryview(binding.context.take()))
+    state = cache.keep(binding, tokens, memoryview(binding.context.take()), is_asked=False)
     if llm._logits_all:
         state.kept_scores = llm.scores[: llm.n_tokens].copy()
     return state

@@ -198,7 +198,7 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         blob = _aligned(value.llama_state)
         binding = self._caller(blob, n_ctx=len(value.input_ids))
         if binding is not None:
-            self.keep(binding, tokens, blob)
+            self.keep(binding, tokens, blob, is_asked=binding is self._nobody)
 
     # --- what `attach` calls ------------------------------------------------------------------
 
@@ -222,11 +222,34 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         """Return the state of a `Llama` that has no tokens."""
         return self._handle(binding, _token_array([]), whole=memoryview(b""))
 
-    def keep(self, binding: Binding, tokens: npt.NDArray[np.int32], blob: memoryview) -> PageState:
+    def keep(
+        self,
+        binding: Binding,
+        tokens: npt.NDArray[np.int32],
+        blob: memoryview,
+        *,
+        is_asked: bool = True,
+    ) -> PageState:
         """Keep a state, and return a handle that restores all of its tokens.
 
-        What the budget cannot hold is not kept; the handle has it all the same.
+        What the budget cannot hold is not kept; the handle has it all the same.  So it is with a
+        state that cannot be taken apart, which, unless somebody asked for just this, is a warning:
+        a completion has its answer by then.
+
+        Raises
+        ------
+        LlamaStateError
+            The state is malformed, or not of these tokens.
         """
+        try:
+            return self._keep(binding, tokens, blob)
+        except LlamaStateError as error:
+            if is_asked:
+                raise
+            warnings.warn(f"a prompt is not cached: {error}", RuntimeWarning, stacklevel=4)
+            return self._handle(binding, tokens, whole=blob)
+
+    def _keep(self, binding: Binding, tokens: npt.NDArray[np.int32], blob: memoryview) -> PageState:
         states = self._states(binding)
         if states is None:
             with self._lock:
@@ -273,6 +296,13 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         with self._lock:
             while self._whole.evict():
                 pass
+
+    def trim(self) -> int:
+        """Give back what is kept warm for the next prompt; return the bytes that went.
+
+        It goes by itself after half a second.
+        """
+        return sum(states.kv.trim() for states in self._all_models())
 
     def stats(self) -> PageCacheStats:
         """Return its numbers."""
@@ -517,6 +547,8 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
 
 def _aligned(state: bytes) -> memoryview:
     """Return a copy of a context's state whose rows can be looked at as numbers."""
+    if not state:
+        raise LlamaStateError("the state has no bytes")
     n_header_bytes = 4 + int.from_bytes(state[:4], "little")
     blob = new_blob(state[:n_header_bytes], len(state))
     blob[:] = state

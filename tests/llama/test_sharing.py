@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 import warnings
+from pathlib import Path
 
 import pytest
 from llama_models import PROMPT, complete

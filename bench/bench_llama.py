@@ -1,0 +1,434 @@
+"""llama.cpp embedded: its prompt cache and its KV buffer, stock and in pagealloc's memory.
+
+SmolLM2, and eight conversations of about 1,217 tokens that share 1,000.  Each side has a `Llama` of
+its own, and all take their turns in one process; a round is a conversation.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench.report import machine
+from bench.rows import Row, RowsReport, compare, guarded, limit_row
+from pagealloc.demo.english_texts import TEXTS
+from pagealloc.demo.errors import DemoError
+from pagealloc.demo.model_file import find_model_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+    from llama_cpp import Llama
+
+__all__ = ["run"]
+
+TITLE = "llama.cpp's prompt cache and KV buffer, measured"
+RAM, STOCK, PRIVATE, RECOMPUTED = "LlamaRAMCache", "llama.cpp", "not shared", "no cache"
+N_CONVERSATIONS, SHARED_TOKENS, OWN_TOKENS, ANSWER_TOKENS = 8, 1000, 201, 16
+N_PROMPTS, PROMPT_TOKENS = 1000, 1000
+PREFIX_TOKENS = 992
+MIB = 1 << 20
+
+
+def make(**options: Any) -> Llama:
+    """Return a `Llama` of SmolLM2."""
+    from llama_cpp import Llama
+
+    options = {"n_ctx": 2048, "n_threads": 2, "verbose": False} | options
+    return Llama(str(find_model_file()), **options)
+
+
+def english(llm: Llama) -> list[int]:
+    """Return tokens of the texts, one behind the other, as often as it takes."""
+    tokens: list[int] = llm.tokenize("\n\n".join(TEXTS.values()).encode())
+    return tokens * 4
+
+
+def milliseconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    start_ns = time.perf_counter_ns()
+    result = work()
+    return (time.perf_counter_ns() - start_ns) / 1e6, result
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+
+class Side:
+    """A `Llama` with a cache, whose saving, looking up and loading are timed."""
+
+    def __init__(self, cache: Any) -> None:
+        from pagealloc.llama import PageCache, attach
+
+        self.llm, self.cache = make(), cache
+        self.saves_ms: list[float] = []
+        self.loads_ms: list[float] = []
+        if isinstance(cache, PageCache):
+            attach(self.llm, cache)
+        elif cache is not None:
+            self.llm.set_cache(cache)
+        self.llm.save_state = self._timed(self.llm.save_state, self.saves_ms)
+        self.llm.load_state = self._timed(self.llm.load_state, self.loads_ms)
+
+    @staticmethod
+    def _timed(method: Any, times_ms: list[float]) -> Any:
+        def timed(*arguments: Any) -> Any:
+            took_ms, result = milliseconds(lambda: method(*arguments))
+            times_ms.append(took_ms)
+            return result
+
+        return timed
+
+    def answer(self, prompt: list[int]) -> str:
+        """Return the answer to a prompt, as far as the cache goes not computed again."""
+        if self.cache is None:
+            self.llm.reset()
+        answer = self.llm.create_completion(
+            prompt, max_tokens=ANSWER_TOKENS, temperature=0.0, seed=1
+        )
+        return str(answer["choices"][0]["text"])
+
+    def held_bytes(self) -> int:
+        """Return what the cache holds, arrays beside the state included."""
+        states = getattr(self.cache, "cache_state", None)
+        if states is None:
+            self.cache.trim()
+            return int(self.cache.cache_size)
+        return sum(
+            len(state.llama_state) + state.scores.nbytes + state.input_ids.nbytes
+            for state in states.values()
+        )
+
+
+def conversation_rows(*, quick: bool) -> list[Row]:
+    """Return the lines of eight conversations, each held twice."""
+    from llama_cpp import LlamaRAMCache
+
+    from pagealloc.llama import PageCache
+
+    n = 3 if quick else N_CONVERSATIONS
+    sides = {
+        RAM: Side(LlamaRAMCache(8 << 30)),
+        "f16": Side(PageCache("4GiB")),
+        "K8/V4": Side(PageCache("4GiB", quantize=True)),
+        RECOMPUTED: Side(None),
+    }
+    tokens = english(sides[RAM].llm)
+    prompts = [
+        tokens[:SHARED_TOKENS] + tokens[1100 + OWN_TOKENS * i : 1100 + OWN_TOKENS * (i + 1)]
+        for i in range(n)
+    ]
+    texts: dict[str, list[str]] = {name: [] for name in sides}
+    for visit in range(2):
+        for prompt in prompts:
+            for name, side in sides.items():
+                if visit == 0 or name != RECOMPUTED:
+                    texts[name].append(side.answer(prompt))
+        if visit == 0:
+            for side in sides.values():
+                side.loads_ms.clear()  # of the shared beginning; the bar is about a revisit
+    held = {name: sides[name].held_bytes() / MIB for name in (RAM, "f16", "K8/V4")}
+    same = [
+        sum(a == b for a, b in zip(texts["f16"][at : at + n], texts[RECOMPUTED], strict=True))
+        for at in (0, n)
+    ]
+    work = f"{n} conversations of {SHARED_TOKENS + OWN_TOKENS + ANSWER_TOKENS - 1:,} tokens"
+    scale = n / N_CONVERSATIONS if quick else 1
+    rows = [
+        limit_row("held", f"{work}: f16", 65 * scale, held["f16"], "MiB", peers={RAM: held[RAM]}),
+        limit_row(
+            "held", f"{work}: K8/V4", 28 * scale, held["K8/V4"], "MiB", peers={RAM: held[RAM]}
+        ),
+    ]
+    ram = sides[RAM]
+    for bar, name, most, times in (
+        ("save", "f16", 15, "saves_ms"),
+        ("save", "K8/V4", 15, "saves_ms"),
+        ("load", "f16", 10, "loads_ms"),
+        ("load", "K8/V4", 20, "loads_ms"),
+    ):
+        figures = getattr(sides[name], times)
+        rows.append(
+            limit_row(
+                bar,
+                f"{name}, median of {len(figures)}",
+                most,
+                statistics.median(figures),
+                "ms",
+                peers={RAM: statistics.median(getattr(ram, times))},
+            )
+        )
+    rows.append(
+        limit_row(
+            "text",
+            f"answers of {2 * n} that differ from those of a run without a cache (f16)",
+            0,
+            2 * n - sum(same),
+            "answers",
+            peers={
+                RAM: sum(a != b for a, b in zip(texts[RAM], texts[RECOMPUTED] * 2, strict=True))
+            },
+        )
+    )
+    rows.append(logits_row(prompts))
+    for side in sides.values():
+        side.llm.close()
+    return rows
+
+
+def logits_row(prompts: list[list[int]]) -> Row:
+    """Return the line of logits after a restore, against those had without it."""
+    from pagealloc.llama import PageCache, attach
+
+    n_differ = 0
+    with PageCache("1GiB") as cache:
+        llm = make()
+        attach(llm, cache)
+        for prompt in prompts[:2]:
+            llm.reset()
+            llm.eval(prompt[:-4])
+            state = llm.save_state()
+            llm.eval(prompt[-4:])
+            expected = logits(llm)
+            llm.load_state(state)
+            llm.eval(prompt[-4:])
+            n_differ += int((logits(llm) != expected).sum())
+        llm.close()
+    return limit_row("text", "logits that differ after a restore (f16)", 0, n_differ, "logits")
+
+
+def logits(llm: Llama) -> npt.NDArray[np.float32]:
+    found: npt.NDArray[np.float32] = np.ctypeslib.as_array(
+        llm._ctx.get_logits(),  # noqa: SLF001  # no other way to them
+        shape=(llm.n_vocab(),),
+    ).copy()
+    return found
+
+
+# --- looking up -----------------------------------------------------------------------------------
+
+
+def lookup_rows(rounds: int) -> list[Row]:
+    """Return the line of looking a prompt up among many; rows are small, tokens are not."""
+    from llama_cpp import LlamaRAMCache
+    from llama_cpp.llama import LlamaState
+
+    from pagealloc.llama import PageCache
+    from pagealloc.llama.state_blob import LayerType, RecordFormat, StateFormat, write_state
+
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, 49152, (N_PROMPTS, PROMPT_TOKENS), np.int32)
+    rows = (LayerType(1, 64),)
+    state_format = StateFormat(
+        b"\5\0\0\0llama", (RecordFormat(1, 0, is_transposed=False, k=rows, v=rows),)
+    )
+    blob = np.zeros(state_format.nbytes([PROMPT_TOKENS]), np.uint8)
+    write_state(state_format, blob, [np.arange(PROMPT_TOKENS, dtype=np.int32)])
+    ram, ours, theirs = LlamaRAMCache(8 << 30), [], []
+    with PageCache("2GiB") as cache:
+        for prompt in prompts:
+            state = LlamaState(
+                prompt, np.zeros((1, 1)), PROMPT_TOKENS, blob.tobytes(), len(blob), 0
+            )
+            cache[prompt] = state
+            ram[tuple(prompt.tolist())] = state
+        for prompt in rng.choice(prompts, max(5, rounds)):
+            key = (*prompt.tolist(), 7)
+            took_ms, found = milliseconds(lambda key=key: cache[key])
+            assert found.n_tokens == PROMPT_TOKENS
+            ours.append(took_ms)
+            theirs.append(milliseconds(lambda key=key: ram[key])[0])
+            del found
+    return [
+        limit_row(
+            "lookup",
+            f"one of {N_PROMPTS:,} prompts of {PROMPT_TOKENS:,} tokens",
+            1,
+            statistics.median(ours),
+            "ms",
+            peers={RAM: statistics.median(theirs)},
+        )
+    ]
+
+
+# --- quality --------------------------------------------------------------------------------------
+
+
+def quality_rows() -> list[Row]:
+    """Return the lines of texts that go on behind a prefix that was stored in 8 and 4 bits."""
+    from pagealloc.llama import PageCache, attach
+
+    losses, kl = {"f16": 0.0, "K8/V4": 0.0}, []
+    with PageCache("1GiB", quantize=True) as cache:
+        llm = make(n_ctx=1024, logits_all=True)
+        attach(llm, cache)
+        for text in TEXTS.values():
+            tokens = llm.tokenize(text.encode())[:512]
+            targets = np.array(tokens[257:])
+            found = {}
+            for name in losses:
+                llm.reset()
+                llm.eval(tokens[:256])
+                if name == "K8/V4":
+                    llm.load_state(llm.save_state())
+                llm.eval(tokens[256:])
+                scores = llm.scores[256 : len(tokens) - 1].astype(np.float64)
+                scores -= scores.max(axis=1, keepdims=True)
+                found[name] = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+                losses[name] -= found[name][np.arange(len(targets)), targets].sum()
+            kl.append((np.exp(found["f16"]) * (found["f16"] - found["K8/V4"])).sum(axis=1))
+        llm.close()
+    n_targets = sum(len(each) for each in kl)
+    perplexity = {name: float(np.exp(loss / n_targets)) for name, loss in losses.items()}
+    change_percent = 100 * abs(perplexity["K8/V4"] / perplexity["f16"] - 1)
+    work = f"{n_targets} tokens behind prefixes of 256, K8/V4"
+    return [
+        limit_row(
+            "quality", f"{work}: mean KL to f16", 0.006, float(np.concatenate(kl).mean()), "nats"
+        ),
+        limit_row(
+            "quality",
+            f"{work}: change of perplexity ({perplexity['K8/V4']:.2f} for {perplexity['f16']:.2f})",
+            0.5,
+            change_percent,
+            "%",
+        ),
+    ]
+
+
+# --- the KV buffer --------------------------------------------------------------------------------
+
+
+def resident_rows(rounds: int) -> list[Row]:
+    """Return the lines of a context for 8,192 tokens: when it is made, and with 1,500 of them."""
+    from llama_cpp import llama_cpp as bindings
+
+    from pagealloc.llama import kv_memory
+
+    init, n_faults, grown_bytes = bindings.llama_init_from_model, [], []
+
+    def counting(model: Any, params: Any) -> Any:
+        before_bytes = pss_bytes()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        context = init(model, params)
+        n_faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        grown_bytes.append(pss_bytes() - before_bytes)
+        return context
+
+    faults: dict[str, list[int]] = {STOCK: [], "ours": []}
+    resident: dict[str, list[float]] = {STOCK: [], "made": [], "filled": []}
+    tokens: list[int] = []
+    bindings.llama_init_from_model = counting
+    try:
+        for _ in range(rounds):
+            llm = make(n_ctx=8192, flash_attn=True)
+            resident[STOCK].append(grown_bytes.pop() / MIB)
+            faults[STOCK].append(n_faults.pop())
+            llm.close()
+            with kv_memory() as kv:
+                llm = make(n_ctx=8192, flash_attn=True)
+            faults["ours"].append(n_faults.pop())
+            resident["made"].append(kv.stats().resident_bytes / MIB)
+            tokens = tokens or english(llm)[:1500]
+            llm.eval(tokens)
+            resident["filled"].append(kv.stats().resident_bytes / MIB)
+            llm.close()
+    finally:
+        bindings.llama_init_from_model = init
+    peers = {STOCK: statistics.median(resident[STOCK])}
+    return [
+        limit_row(
+            "resident", "KV, n_ctx 8,192, made", 2, max(resident["made"]), "MiB", peers=peers
+        ),
+        limit_row(
+            "resident", "KV after 1,500 tokens", 36, max(resident["filled"]), "MiB", peers=peers
+        ),
+        compare(
+            "resident",
+            "page faults while the context is made",
+            0.01,
+            faults["ours"],
+            {STOCK: faults[STOCK]},
+            unit="faults",
+        ),
+    ]
+
+
+def pss_bytes() -> int:
+    """Return this process's physical memory; a page mapped n times counts once."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("the kernel does not tell Pss")
+
+
+def sharing_rows() -> list[Row]:
+    """Return the lines of eight contexts that begin with the same tokens."""
+    from pagealloc.llama import PageCache, attach, kv_memory
+
+    grown, n_differ = {}, 0
+    with ExitStack() as stack:
+        cache = stack.enter_context(PageCache("1GiB"))
+        for way in (PRIVATE, "shared"):
+            made = []
+            for _ in range(N_CONVERSATIONS + 1):
+                with kv_memory() as kv:
+                    llm = make(n_ctx=8192, flash_attn=True, n_batch=64, n_ubatch=64)
+                llm.eval([1])  # scratch memory comes with the first token
+                made.append((llm, kv))
+            first, source = made[0]
+            tokens = english(first)
+            first.reset()
+            first.eval(tokens[:PREFIX_TOKENS])
+            time.sleep(1)  # what is idle goes back
+            before_bytes = pss_bytes()
+            for llm, kv in made[1:]:
+                if way == "shared":
+                    source.share_prefix(kv, PREFIX_TOKENS)
+                else:
+                    attach(first, cache)
+                    attach(llm, cache)
+                    llm.load_state(first.save_state())
+            for llm, _ in made:
+                llm.eval(tokens[PREFIX_TOKENS : PREFIX_TOKENS + 8])
+                n_differ += int((logits(llm) != logits(first)).sum())
+            cache.clear()
+            time.sleep(1)
+            grown[way] = (pss_bytes() - before_bytes) / MIB
+            for llm, _ in made:
+                llm.close()
+    work = f"{N_CONVERSATIONS} contexts with a common prefix of {PREFIX_TOKENS} tokens"
+    return [
+        limit_row(
+            "cow", f"{work}: growth", 10, grown["shared"], "MiB", peers={PRIVATE: grown[PRIVATE]}
+        ),
+        limit_row("cow", f"{work}: logits that differ", 0, n_differ, "logits"),
+    ]
+
+
+def run(rounds: int, *, quick: bool = False) -> RowsReport:
+    """Measure all bars."""
+    try:
+        import llama_cpp
+
+        find_model_file()
+    except (ImportError, DemoError) as error:
+        raise SystemExit(
+            f"needs llama-cpp-python and SmolLM2 (tox -e bench-llama): {error}"
+        ) from error
+    rows = [
+        *guarded("held", "conversations", 65, lambda: conversation_rows(quick=quick)),
+        *guarded("lookup", "many prompts", 1, lambda: lookup_rows(rounds)),
+        *guarded("quality", "texts", 0.006, quality_rows),
+        *guarded("resident", "the KV buffer", 2, lambda: resident_rows(1 if quick else 3)),
+        *guarded("cow", "contexts", 10, sharing_rows),
+    ]
+    facts = machine()
+    facts["versions"] += f", llama-cpp-python {llama_cpp.__version__}"
+    return RowsReport("llama", TITLE, rows, facts, [RAM, STOCK, PRIVATE])
