@@ -1,15 +1,21 @@
 """llama.cpp embedded: its prompt cache and its KV buffer, stock and in pagealloc's memory.
 
+Memory that lay idle for a second costs many times as much on a machine that others share as memory
+that is in use, whoever touches it: what is timed was touched just before, on all sides alike, and
+the times without that are told below the table.
+
 SmolLM2, and eight conversations of about 1,217 tokens that share 1,000.  Each side has a `Llama` of
 its own, and all take their turns in one process; a round is a conversation.
 """
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import statistics
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,29 +67,42 @@ def milliseconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class Side:
-    """A `Llama` with a cache, whose saving, looking up and loading are timed."""
+    """A `Llama` with a cache, whose saving and loading are timed, untouched memory or warm."""
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, *, flash_attn: bool) -> None:
         from pagealloc.llama import PageCache, attach
 
-        self.llm, self.cache = make(), cache
+        self.llm, self.cache = make(flash_attn=flash_attn), cache
         self.saves_ms: list[float] = []
         self.loads_ms: list[float] = []
+        self.cold_loads_ms: list[float] = []
         if isinstance(cache, PageCache):
             attach(self.llm, cache)
         elif cache is not None:
             self.llm.set_cache(cache)
-        self.llm.save_state = self._timed(self.llm.save_state, self.saves_ms)
-        self.llm.load_state = self._timed(self.llm.load_state, self.loads_ms)
+        save_state, load_state = self.llm.save_state, self.llm.load_state
 
-    @staticmethod
-    def _timed(method: Any, times_ms: list[float]) -> Any:
-        def timed(*arguments: Any) -> Any:
-            took_ms, result = milliseconds(lambda: method(*arguments))
-            times_ms.append(took_ms)
-            return result
+        def timed_save() -> Any:
+            self.warm()
+            took_ms, state = milliseconds(save_state)
+            self.saves_ms.append(took_ms)
+            return state
 
-        return timed
+        def timed_load(state: Any) -> None:
+            self.cold_loads_ms.append(milliseconds(lambda: load_state(state))[0])
+            self.loads_ms.append(milliseconds(lambda: load_state(state))[0])
+
+        self.llm.save_state, self.llm.load_state = timed_save, timed_load
+
+    def warm(self) -> None:
+        """Touch the KV rows, and memory that will be free then."""
+        from llama_cpp import llama_cpp as bindings
+
+        context = self.llm._ctx.ctx  # noqa: SLF001  # no other way to it
+        room = np.ones(256 * MIB, np.uint8)
+        n_bytes = bindings.llama_state_seq_get_size_ext(context, 0, 0)
+        target = (ctypes.c_uint8 * n_bytes).from_buffer(room)
+        bindings.llama_state_seq_get_data_ext(context, target, n_bytes, 0, 0)
 
     def answer(self, prompt: list[int]) -> str:
         """Return the answer to a prompt, as far as the cache goes not computed again."""
@@ -106,7 +125,7 @@ class Side:
         )
 
 
-def conversation_rows(*, quick: bool) -> list[Row]:
+def conversation_rows(notes: list[str], *, quick: bool, flash_attn: bool) -> list[Row]:
     """Return the lines of eight conversations, each held twice."""
     from llama_cpp import LlamaRAMCache
 
@@ -114,10 +133,10 @@ def conversation_rows(*, quick: bool) -> list[Row]:
 
     n = 3 if quick else N_CONVERSATIONS
     sides = {
-        RAM: Side(LlamaRAMCache(8 << 30)),
-        "f16": Side(PageCache("4GiB")),
-        "K8/V4": Side(PageCache("4GiB", quantize=True)),
-        RECOMPUTED: Side(None),
+        RAM: Side(LlamaRAMCache(8 << 30), flash_attn=flash_attn),
+        "f16": Side(PageCache("4GiB"), flash_attn=flash_attn),
+        "K8/V4": Side(PageCache("4GiB", quantize=True), flash_attn=flash_attn),
+        RECOMPUTED: Side(None, flash_attn=flash_attn),
     }
     tokens = english(sides[RAM].llm)
     prompts = [
@@ -133,62 +152,57 @@ def conversation_rows(*, quick: bool) -> list[Row]:
         if visit == 0:
             for side in sides.values():
                 side.loads_ms.clear()  # of the shared beginning; the bar is about a revisit
+                side.cold_loads_ms.clear()
     held = {name: sides[name].held_bytes() / MIB for name in (RAM, "f16", "K8/V4")}
-    same = [
-        sum(a == b for a, b in zip(texts["f16"][at : at + n], texts[RECOMPUTED], strict=True))
-        for at in (0, n)
-    ]
-    work = f"{n} conversations of {SHARED_TOKENS + OWN_TOKENS + ANSWER_TOKENS - 1:,} tokens"
+    n_differ = {
+        name: sum(a != b for a, b in zip(texts[name], texts[RECOMPUTED] * 2, strict=True))
+        for name in (RAM, "f16")
+    }
+    how = "flash_attn" if flash_attn else "default"
+    work = f"{how}, {n} conversations of {SHARED_TOKENS + OWN_TOKENS + ANSWER_TOKENS - 1:,} tokens"
     scale = n / N_CONVERSATIONS if quick else 1
     rows = [
-        limit_row("held", f"{work}: f16", 65 * scale, held["f16"], "MiB", peers={RAM: held[RAM]}),
         limit_row(
-            "held", f"{work}: K8/V4", 28 * scale, held["K8/V4"], "MiB", peers={RAM: held[RAM]}
-        ),
+            "held", f"{work}: {name}", most * scale, held[name], "MiB", peers={RAM: held[RAM]}
+        )
+        for name, most in (("f16", 65), ("K8/V4", 28))
     ]
-    ram = sides[RAM]
     for bar, name, most, times in (
         ("save", "f16", 15, "saves_ms"),
         ("save", "K8/V4", 15, "saves_ms"),
         ("load", "f16", 10, "loads_ms"),
         ("load", "K8/V4", 20, "loads_ms"),
     ):
-        figures = getattr(sides[name], times)
-        rows.append(
-            limit_row(
-                bar,
-                f"{name}, median of {len(figures)}",
-                most,
-                statistics.median(figures),
-                "ms",
-                peers={RAM: statistics.median(getattr(ram, times))},
-            )
-        )
+        figures = {key: statistics.median(getattr(sides[key], times)) for key in (RAM, name)}
+        peers = {RAM: figures[RAM]}
+        rows.append(limit_row(bar, f"{how}, {name}", most, figures[name], "ms", peers=peers))
     rows.append(
         limit_row(
             "text",
-            f"answers of {2 * n} that differ from those of a run without a cache (f16)",
+            f"{how}, f16: answers of {2 * n} that differ from those of a run without a cache",
             0,
-            2 * n - sum(same),
+            n_differ["f16"],
             "answers",
-            peers={
-                RAM: sum(a != b for a, b in zip(texts[RAM], texts[RECOMPUTED] * 2, strict=True))
-            },
+            peers={RAM: n_differ[RAM]},
         )
     )
-    rows.append(logits_row(prompts))
+    cold = {name: statistics.median(sides[name].cold_loads_ms) for name in held}
+    notes.append(
+        f"{how}: loads with memory that lay idle: "
+        + ", ".join(f"{name} {took_ms:.0f} ms" for name, took_ms in cold.items())
+    )
     for side in sides.values():
         side.llm.close()
-    return rows
+    return [*rows, logits_row(prompts, flash_attn=flash_attn)]
 
 
-def logits_row(prompts: list[list[int]]) -> Row:
+def logits_row(prompts: list[list[int]], *, flash_attn: bool) -> Row:
     """Return the line of logits after a restore, against those had without it."""
     from pagealloc.llama import PageCache, attach
 
     n_differ = 0
     with PageCache("1GiB") as cache:
-        llm = make()
+        llm = make(flash_attn=flash_attn)
         attach(llm, cache)
         for prompt in prompts[:2]:
             llm.reset()
@@ -200,7 +214,8 @@ def logits_row(prompts: list[list[int]]) -> Row:
             llm.eval(prompt[-4:])
             n_differ += int((logits(llm) != expected).sum())
         llm.close()
-    return limit_row("text", "logits that differ after a restore (f16)", 0, n_differ, "logits")
+    work = f"{'flash_attn' if flash_attn else 'default'}, f16: logits that differ after a restore"
+    return limit_row("text", work, 0, n_differ, "logits")
 
 
 def logits(llm: Llama) -> npt.NDArray[np.float32]:
@@ -422,8 +437,18 @@ def run(rounds: int, *, quick: bool = False) -> RowsReport:
         raise SystemExit(
             f"needs llama-cpp-python and SmolLM2 (tox -e bench-llama): {error}"
         ) from error
+    notes: list[str] = []
     rows = [
-        *guarded("held", "conversations", 65, lambda: conversation_rows(quick=quick)),
+        *(
+            row
+            for flash_attn in ((True,) if quick else (True, False))
+            for row in guarded(
+                "held",
+                "conversations",
+                65,
+                partial(conversation_rows, notes, quick=quick, flash_attn=flash_attn),
+            )
+        ),
         *guarded("lookup", "many prompts", 1, lambda: lookup_rows(rounds)),
         *guarded("quality", "texts", 0.006, quality_rows),
         *guarded("resident", "the KV buffer", 2, lambda: resident_rows(1 if quick else 3)),
@@ -431,4 +456,4 @@ def run(rounds: int, *, quick: bool = False) -> RowsReport:
     ]
     facts = machine()
     facts["versions"] += f", llama-cpp-python {llama_cpp.__version__}"
-    return RowsReport("llama", TITLE, rows, facts, [RAM, STOCK, PRIVATE])
+    return RowsReport("llama", TITLE, rows, facts, [RAM, STOCK, PRIVATE], notes)

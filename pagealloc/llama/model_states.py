@@ -20,6 +20,7 @@ Units
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +43,8 @@ __all__ = ["ModelStates", "StoredAs", "new_blob"]
 
 BLOCK_TOKENS = 16
 ROW_ALIGN = 4
+PARALLEL_BYTES = 4 << 20
+"""A blob from here on is filled by two threads: beside copying, starting one counts for nothing."""
 
 PLAIN_TYPES = {0: ("float32", 4), 1: ("float16", 2), 30: ("bfloat16", 2)}
 """ggml's types whose values lie one by one; rows of all others are kept as the words they are."""
@@ -252,16 +255,28 @@ class ModelStates:
         return StateFormat(header, (self._record,)).nbytes([n_tokens])
 
     def _fill(self, blob: memoryview, state_format: StateFormat, sequence: Sequence) -> None:
-        n_tokens = len(sequence)
-        positions = np.arange(n_tokens, dtype=np.int32)
+        positions = np.arange(len(sequence), dtype=np.int32)
         place = write_state(state_format, blob, [positions])[0]
-        is_transposed = self._record.is_transposed
+        layers = range(len(self._record.k))
+        if len(blob) < PARALLEL_BYTES:
+            self._fill_layers(blob, place, sequence, layers)
+            return
+        half = len(layers) // 2
+        with ThreadPoolExecutor(1) as other:  # copying needs no GIL
+            first = other.submit(self._fill_layers, blob, place, sequence, layers[:half])
+            self._fill_layers(blob, place, sequence, layers[half:])
+            first.result()
+
+    def _fill_layers(
+        self, blob: memoryview, place: RecordPlace, sequence: Sequence, layers: range
+    ) -> None:
+        n_tokens = len(sequence)
         scratch = np.empty(n_tokens * max(self._v.n_values), self._v.storage)
-        for layer, (k, v) in enumerate(zip(self._record.k, self._record.v, strict=True)):
-            target = self._k.rows(k, blob, place.k[layer], n_tokens)
+        for layer in layers:
+            target = self._k.rows(self._record.k[layer], blob, place.k[layer], n_tokens)
             sequence.k(layer, out=self._k.shaped(target, layer))
-            target = self._v.rows(v, blob, place.v[layer], n_tokens)
-            if not is_transposed:
+            target = self._v.rows(self._record.v[layer], blob, place.v[layer], n_tokens)
+            if not self._record.is_transposed:
                 sequence.v(layer, out=self._v.shaped(target, layer))
                 continue
             rows = scratch[: target.size].reshape(target.shape)
