@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 __all__ = ["KVMemory", "KVMemoryStats", "kv_memory"]
 
 _hook_lock = threading.RLock()
+_inside: list[KVMemory] = []
+"""The one whose block is being executed, of the thread that has the lock."""
+
 _alive: set[KVMemory] = set()
 """Those whose contexts are not freed: their allocators must not be collected before."""
 
@@ -84,6 +87,11 @@ def kv_memory(
     ------
     KVMemory
 
+    Raises
+    ------
+    RuntimeError
+        It is called inside such a block.
+
     Warns
     -----
     RuntimeWarning
@@ -102,6 +110,8 @@ def kv_memory(
     with _hook_lock:
         _forget_freed()
         before = bindings.llama_init_from_model
+        if _inside:
+            raise RuntimeError("kv_memory() inside kv_memory(): a block is about one context")
         thread = threading.get_ident()
 
         def init(model: Any, params: Any) -> Any:
@@ -110,9 +120,11 @@ def kv_memory(
             return memory._make(before, model, params, is_lazy=lazy)
 
         bindings.llama_init_from_model = init
+        _inside.append(memory)
         try:
             yield memory
         finally:
+            _inside.clear()
             bindings.llama_init_from_model = before
 
 

@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,10 @@ class TestMemory:
         assert kv.stats() == (0, 0, 0)
         assert not kv.is_live
 
+    @pytest.mark.skipif(
+        "[always]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+        reason="one fault brings llama.cpp 2 MiB where transparent huge pages are 'always'",
+    )
     def test_nothing_is_faulted_in_at_creation(self, make):
         model = make(n_ctx=64)._model
 
@@ -130,6 +135,13 @@ class TestMemory:
         with kv_memory() as kv:
             pass
         assert not kv.is_ours
+
+    def test_blocks_in_blocks(self, make):
+        with kv_memory() as kv:
+            with pytest.raises(RuntimeError, match="inside"), kv_memory():
+                pass
+            make()
+        assert kv.is_ours
 
     def test_a_context_that_cannot_be_made(self, make):
         with kv_memory() as kv, pytest.raises(ValueError, match="context"):
