@@ -198,7 +198,7 @@ cdef void release(region_t *region) noexcept nogil:
     if region.has_file and os_map_zeros(region.base, region.nbytes) != 0:
         region.base = NULL
         return
-    os_purge(region.base, region.nbytes)    # at once: KV is large, and the next may be long in coming
+    os_purge(region.base, region.nbytes)    # at once: nobody may want as much for long
     if region.heap != NULL:
         page_free(region.heap, region.base)
     region.base = NULL
@@ -333,6 +333,9 @@ cdef class BufferHook:
                 f"{self.alloc_slot}, {self.clear_slot} and {self.free_slot}"
             )
 
+    def __reduce__(self):
+        raise TypeError("a hook on this process's ggml cannot be pickled")
+
     def install(self, allocator, *, is_lazy) -> None:
         """Take what the present thread has ggml allocate from now on; one hook at a time."""
         hook.heap = page_heap_of(allocator)
@@ -401,6 +404,9 @@ cdef class KVBuffer:
             unlink(region)
             free(region)
         mutex_unlock(&lock)
+
+    def __reduce__(self):
+        raise TypeError("a buffer of llama.cpp's cannot be pickled: see KVMemory.prefix")
 
     cdef char *base(self) except NULL:
         if self.region.base == NULL or not self.region.is_live:

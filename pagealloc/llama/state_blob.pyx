@@ -23,6 +23,7 @@ Source
     0.3.36.
 """
 
+cimport cython
 from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcpy
 
@@ -102,7 +103,8 @@ def record_bytes(record, n_cells):
 # ---------------------------------------------------------------------------------------------
 # Parsing
 
-cdef class Reader:
+@cython.auto_pickle(False)
+cdef class _Reader:
     """A blob, and how far it was read."""
 
     cdef const uint8_t[::1] blob
@@ -163,7 +165,7 @@ def parse_state(blob, *, any_sequences=False):
         It is truncated, or not of a form that can be taken apart: a recurrent state, cells of
         several sequences or none, an unknown version.
     """
-    cdef Reader reader = Reader(blob)
+    cdef _Reader reader = _Reader(blob)
     header = read_header(reader)
     records, places, n_records = [], [], 0
     while reader.at < reader.blob.shape[0] and n_records < 2:
@@ -180,7 +182,7 @@ def parse_state(blob, *, any_sequences=False):
     return StateFormat(header, tuple(records)), places
 
 
-cdef bytes read_header(Reader reader):
+cdef bytes read_header(_Reader reader):
     cdef uint32_t first = reader.u32("the header")
     if first == _SEQUENCE_MAGIC:
         reader.skip(4, "the sequence")
@@ -193,7 +195,7 @@ cdef bytes read_header(Reader reader):
     return bytes(reader.blob[:reader.at])
 
 
-cdef list read_record(Reader reader, bint any_sequences):
+cdef list read_record(_Reader reader, bint any_sequences):
     """(RecordFormat, RecordPlace) of each stream that has cells."""
     cdef uint32_t n_streams = reader.bounded("the number of streams", MAX_STREAMS)
     cdef uint32_t n_cells, stream
@@ -217,7 +219,7 @@ cdef list read_record(Reader reader, bint any_sequences):
     return found
 
 
-cdef object read_cells(Reader reader, uint32_t n_cells, bint any_sequences):
+cdef object read_cells(_Reader reader, uint32_t n_cells, bint any_sequences):
     """Positions of the cells, each of which is of one sequence, or of any."""
     cdef int64_t i, at
     cdef int32_t sequence, first = 0
@@ -243,7 +245,7 @@ cdef object read_cells(Reader reader, uint32_t n_cells, bint any_sequences):
     return positions
 
 
-cdef tuple read_rows(Reader reader, int64_t n_layers, int64_t n_cells, bint is_transposed):
+cdef tuple read_rows(_Reader reader, int64_t n_layers, int64_t n_cells, bint is_transposed):
     cdef int64_t layer, row_bytes, value_bytes
     types, places = [], []
     for layer in range(n_layers):
@@ -265,7 +267,8 @@ cdef tuple read_rows(Reader reader, int64_t n_layers, int64_t n_cells, bint is_t
 # ---------------------------------------------------------------------------------------------
 # Writing
 
-cdef class Writer:
+@cython.auto_pickle(False)
+cdef class _Writer:
     """A blob to be, and how far it was written."""
 
     cdef uint8_t[::1] blob
@@ -304,7 +307,7 @@ def write_state(state_format, blob, positions):
     ValueError
         The buffer is of another length.
     """
-    cdef Writer writer = Writer(blob)
+    cdef _Writer writer = _Writer(blob)
     n_bytes = state_format.nbytes([len(each) for each in positions])
     if writer.blob.shape[0] != n_bytes:
         raise ValueError(f"a buffer of {writer.blob.shape[0]} bytes for a state of {n_bytes}")
@@ -318,7 +321,7 @@ def write_state(state_format, blob, positions):
     ]
 
 
-cdef object write_record(Writer writer, object record, object positions):
+cdef object write_record(_Writer writer, object record, object positions):
     cdef const int32_t[::1] cells = positions
     cdef int64_t i, stream
     writer.u32(record.n_streams)
@@ -338,7 +341,7 @@ cdef object write_record(Writer writer, object record, object positions):
     return RecordPlace(positions, k, v)
 
 
-cdef list write_rows(Writer writer, tuple types, int64_t n_cells):
+cdef list write_rows(_Writer writer, tuple types, int64_t n_cells):
     places = []
     for each in types:
         writer.u32(each.ggml_type)
