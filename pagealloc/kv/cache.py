@@ -231,6 +231,11 @@ class KVCache(CacheSharing):
         return self._store.closed
 
     @property
+    def committed_bytes(self) -> int:
+        """Bytes of pages it has now, which the budget limits; `stats` tells what they hold."""
+        return int(self._store.committed_bytes)
+
+    @property
     def prefixes(self) -> DiskPrefixIndex:
         """What is published, see `PrefixIndex`."""
         return self._prefixes

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pagealloc import LlamaStateError
+from pagealloc import LlamaStateError, OutOfMemoryError
 from pagealloc.llama.contexts import SEQUENCE_HEADER
+from pagealloc.llama.page_cache import PageCache
 from pagealloc.llama.page_state import PageState
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
     from llama_cpp.llama import LlamaState
 
-    from pagealloc.llama.page_cache import Binding, PageCache
+    from pagealloc.llama.page_cache import Binding
 
 __all__ = ["attach", "detach"]
 
@@ -67,6 +68,8 @@ def attach(llm: Llama, cache: PageCache) -> None:
 
 def detach(llm: Llama) -> None:
     """Take back what `attach` did."""
+    if isinstance(llm.cache, PageCache):
+        llm.cache.binding(llm).is_attached = False
     for name in REPLACED:
         vars(llm).pop(name, None)
     llm.set_cache(None)
@@ -83,7 +86,11 @@ def _save(llm: Llama, cache: PageCache, binding: Binding) -> PageState:
     tokens = np.array(llm.input_ids[: llm.n_tokens], np.int32)
     if binding.context is None or not len(tokens):
         return cache.empty_state(binding)
-    state = cache.keep(binding, tokens, memoryview(binding.context.take()), is_asked=False)
+    try:
+        state = cache.keep(binding, tokens, memoryview(binding.context.take()), is_asked=False)
+    except OutOfMemoryError as error:  # a completion has its answer by now, which must not be lost
+        warnings.warn(f"a prompt is not cached: {error}", RuntimeWarning, stacklevel=3)
+        return cache.lost_state(binding, tokens, str(error))
     if llm._logits_all:
         state.kept_scores = llm.scores[: llm.n_tokens].copy()
     return state
@@ -103,7 +110,7 @@ def _load(llm: Llama, binding: Binding, state: Any) -> None:
         return
     try:
         binding.context.give(state.blob(SEQUENCE_HEADER))
-    except LlamaStateError as error:
+    except (LlamaStateError, OutOfMemoryError) as error:
         if not state.is_found:
             raise
         # A completion asked, which can compute the prompt as well.

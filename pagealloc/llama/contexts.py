@@ -98,7 +98,7 @@ class Context:
         """
         context = self.llm._ctx.ctx
         n_bytes = llama_cpp.llama_state_seq_get_size_ext(context, SEQUENCE, 0)
-        buffer = default_allocator().alloc(max(1, n_bytes))
+        buffer = default_allocator().alloc(max(1, n_bytes), prefault=True)
         n_taken = llama_cpp.llama_state_seq_get_data_ext(
             context, _bytes_of(buffer), n_bytes, SEQUENCE, 0
         )

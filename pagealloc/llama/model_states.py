@@ -318,8 +318,8 @@ class ModelStates:
 
     @property
     def nbytes(self) -> int:
-        """Physical bytes of all rows."""
-        return self.kv.stats().file_bytes + self.branches.nbytes
+        """Bytes of the pages of all rows."""
+        return self.kv.committed_bytes + self.branches.nbytes
 
     def evict(self) -> bool:
         """Let go of the block used longest ago, and of a tail; False if all are needed."""
@@ -395,7 +395,7 @@ class _Kind:
 def new_blob(header: bytes, n_bytes: int) -> memoryview:
     """Return memory for a blob, in which what comes behind the header is aligned for any row."""
     pad = -len(header) % ROW_ALIGN
-    return memoryview(default_allocator().alloc(pad + n_bytes))[pad:]
+    return memoryview(default_allocator().alloc(pad + n_bytes, prefault=True))[pad:]
 
 
 def _likely_head_dim(n_values: list[int]) -> int:

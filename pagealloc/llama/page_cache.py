@@ -222,6 +222,12 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         """Return the state of a `Llama` that has no tokens."""
         return self._handle(binding, _token_array([]), whole=memoryview(b""))
 
+    def lost_state(
+        self, binding: Binding, tokens: npt.NDArray[np.int32], reason: str
+    ) -> PageState:
+        """Return a state that there was no memory for: who loads it is told."""
+        return self._handle(binding, tokens, lost=reason)
+
     def keep(
         self,
         binding: Binding,
@@ -418,7 +424,10 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
             return None
         states = self._states(binding)
         if states is not None:
-            sequence = states.find(tokens)
+            try:
+                sequence = states.find(tokens)
+            except OutOfMemoryError:  # there is none to map it: it can be computed
+                return None
             if sequence is not None:
                 rows = (states, sequence)
                 return self._handle(binding, tokens[: len(sequence)], rows=rows, is_found=True)
@@ -437,6 +446,7 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         rows: tuple[ModelStates, Sequence] | None = None,
         whole: memoryview | None = None,
         is_found: bool = False,
+        lost: str = "",
     ) -> PageState:
         return PageState(
             binding.identity,
@@ -447,6 +457,7 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
             whole=whole,
             context_header=binding.context_header,
             is_found=is_found,
+            lost=lost,
         )
 
     def _make_room(self, nbytes: int) -> None:

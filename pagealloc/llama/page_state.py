@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from llama_cpp.llama import LlamaState
 
+from pagealloc import LlamaStateError
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -48,6 +50,7 @@ class PageState(LlamaState):  # type: ignore[misc]  # an untyped package's
         whole: memoryview | None = None,
         context_header: bytes = b"",
         is_found: bool = False,
+        lost: str = "",
     ) -> None:
         self.identity = identity
         self.n_tokens = len(tokens)
@@ -58,6 +61,7 @@ class PageState(LlamaState):  # type: ignore[misc]  # an untyped package's
         self.kept_scores: npt.NDArray[np.float32] | None = None
         self._rows = rows
         self._whole = whole
+        self._lost = lost
         self._context_header = context_header
 
     @property
@@ -70,9 +74,13 @@ class PageState(LlamaState):  # type: ignore[misc]  # an untyped package's
 
         Raises
         ------
+        LlamaStateError
+            There was no memory to save it.
         OutOfMemoryError
             There is no memory for it.
         """
+        if self._lost:
+            raise LlamaStateError(f"the state was not saved: {self._lost}")
         if self._rows is None:
             return self._whole
         states, sequence = self._rows

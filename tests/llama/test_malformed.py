@@ -1,12 +1,14 @@
 """States that are not what they should be: refused with a reason, and the context goes on."""
 
 import time
+import warnings
 
 import numpy as np
 import pytest
 from llama_models import PROMPT, complete, logits, token_ids
 
-from pagealloc import LlamaStateError
+from pagealloc import LlamaStateError, default_allocator
+from pagealloc.core import os_memory
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="installed in the tox env `llama` alone")
 
@@ -129,6 +131,26 @@ def test_a_state_that_llama_cpp_does_not_give(make, monkeypatch):
         with pytest.raises(LlamaStateError, match="gave 0 bytes"):
             llm.save_state()
         llm.eval([5])
+
+
+@pytest.mark.parametrize("call", ["mmap", "memfd_create"])
+def test_a_kernel_that_refuses_memory(make, call):
+    """A completion gives its answer; a state that was not saved says so when it is loaded."""
+    with PageCache("8MiB") as cache:
+        llm, plain = make(), make()
+        attach(llm, cache)
+        default_allocator().trim()
+        with os_memory.refusing(call), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert complete(llm, PROMPT) == complete(plain, PROMPT)
+            state = llm.save_state()
+        if any("not cached" in str(each.message) for each in told):
+            with pytest.raises(LlamaStateError, match="was not saved"):
+                llm.load_state(state)
+        else:
+            llm.load_state(state)
+        assert complete(llm, PROMPT) == complete(make(), PROMPT)
+        cache.check()
 
 
 def test_a_format_that_is_not_as_known(make, monkeypatch):
