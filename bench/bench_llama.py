@@ -11,12 +11,10 @@ its own, and all take their turns in one process; a round is a conversation.
 from __future__ import annotations
 
 import ctypes
-import resource
 import statistics
 import time
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +23,9 @@ from bench.report import machine
 from bench.rows import Row, RowsReport, compare, guarded, limit_row
 from pagealloc.demo.english_texts import TEXTS
 from pagealloc.demo.errors import DemoError
+from pagealloc.demo.llama_quality import restored_quality
+from pagealloc.demo.llama_side import context_costs
+from pagealloc.demo.measure import pss_bytes
 from pagealloc.demo.model_file import find_model_file
 
 if TYPE_CHECKING:
@@ -279,39 +280,21 @@ def quality_rows() -> list[Row]:
     """Return the lines of texts that go on behind a prefix that was stored in 8 and 4 bits."""
     from pagealloc.llama import PageCache, attach
 
-    losses, kl = {"f16": 0.0, "K8/V4": 0.0}, []
     with PageCache("1GiB", quantize=True) as cache:
         llm = make(n_ctx=1024, logits_all=True)
         attach(llm, cache)
-        for text in TEXTS.values():
-            tokens = llm.tokenize(text.encode())[:512]
-            targets = np.array(tokens[257:])
-            found = {}
-            for name in losses:
-                llm.reset()
-                llm.eval(tokens[:256])
-                if name == "K8/V4":
-                    llm.load_state(llm.save_state())
-                llm.eval(tokens[256:])
-                scores = llm.scores[256 : len(tokens) - 1].astype(np.float64)
-                scores -= scores.max(axis=1, keepdims=True)
-                found[name] = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-                losses[name] -= found[name][np.arange(len(targets)), targets].sum()
-            kl.append((np.exp(found["f16"]) * (found["f16"] - found["K8/V4"])).sum(axis=1))
+        texts = [llm.tokenize(text.encode())[:512] for text in TEXTS.values()]
+        quality = restored_quality(llm, texts, 256)
         llm.close()
-    n_targets = sum(len(each) for each in kl)
-    perplexity = {name: float(np.exp(loss / n_targets)) for name, loss in losses.items()}
-    change_percent = 100 * abs(perplexity["K8/V4"] / perplexity["f16"] - 1)
-    work = f"{n_targets} tokens behind prefixes of 256, K8/V4"
+    work = f"{len(texts)} texts behind prefixes of 256 tokens, K8/V4"
+    change = f"{quality.perplexity:.2f} for {quality.float16_perplexity:.2f}"
     return [
-        limit_row(
-            "quality", f"{work}: mean KL to f16", 0.006, float(np.concatenate(kl).mean()), "nats"
-        ),
+        limit_row("quality", f"{work}: mean KL to f16", 0.006, quality.mean_kl, "nats"),
         limit_row(
             "quality",
-            f"{work}: change of perplexity ({perplexity['K8/V4']:.2f} for {perplexity['f16']:.2f})",
+            f"{work}: change of perplexity ({change})",
             0.5,
-            change_percent,
+            abs(quality.change_percent),
             "%",
         ),
     ]
@@ -322,40 +305,24 @@ def quality_rows() -> list[Row]:
 
 def resident_rows(rounds: int) -> list[Row]:
     """Return the lines of a context for 8,192 tokens: when it is made, and with 1,500 of them."""
-    from llama_cpp import llama_cpp as bindings
-
     from pagealloc.llama import kv_memory
-
-    init, n_faults, grown_bytes = bindings.llama_init_from_model, [], []
-
-    def counting(model: Any, params: Any) -> Any:
-        before_bytes = pss_bytes()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        context = init(model, params)
-        n_faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        grown_bytes.append(pss_bytes() - before_bytes)
-        return context
 
     faults: dict[str, list[int]] = {STOCK: [], "ours": []}
     resident: dict[str, list[float]] = {STOCK: [], "made": [], "filled": []}
-    tokens: list[int] = []
-    bindings.llama_init_from_model = counting
-    try:
+    with context_costs() as costs:
         for _ in range(rounds):
             llm = make(n_ctx=8192, flash_attn=True)
-            resident[STOCK].append(grown_bytes.pop() / MIB)
-            faults[STOCK].append(n_faults.pop())
+            n_faults, grown_bytes = costs.pop()
+            faults[STOCK].append(n_faults)
+            resident[STOCK].append(grown_bytes / MIB)
             llm.close()
             with kv_memory() as kv:
                 llm = make(n_ctx=8192, flash_attn=True)
-            faults["ours"].append(n_faults.pop())
+            faults["ours"].append(costs.pop()[0])
             resident["made"].append(kv.stats().resident_bytes / MIB)
-            tokens = tokens or english(llm)[:1500]
-            llm.eval(tokens)
+            llm.eval(english(llm)[:1500])
             resident["filled"].append(kv.stats().resident_bytes / MIB)
             llm.close()
-    finally:
-        bindings.llama_init_from_model = init
     peers = {STOCK: statistics.median(resident[STOCK])}
     return [
         limit_row(
@@ -373,14 +340,6 @@ def resident_rows(rounds: int) -> list[Row]:
             unit="faults",
         ),
     ]
-
-
-def pss_bytes() -> int:
-    """Return this process's physical memory; a page mapped n times counts once."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError("the kernel does not tell Pss")
 
 
 def sharing_rows() -> list[Row]:

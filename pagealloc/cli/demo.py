@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pagealloc.cli import KV_CHOICES
+from pagealloc.cli import KV_CHOICES, CommandError
 
 __all__ = ["HELP", "NAME", "add_arguments", "run"]
 
@@ -21,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument(
         "--quick", action="store_true", help="a tiny random model: seconds, but no sense"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("numpy", "llama"),
+        default="numpy",
+        help="what computes: the demo's own engine in NumPy, or llama.cpp by way of "
+        "llama-cpp-python, whose prompt cache and KV buffer are compared (default: %(default)s)",
     )
     parser.add_argument(
         "--prompt", metavar="TEXT", help="answer this one question, and compare nothing"
@@ -86,6 +93,12 @@ def run(args: argparse.Namespace) -> int:
         json_path=args.json,
         png_path=args.png,
     )
+    if args.engine == "llama":
+        if args.prompt is not None:
+            raise CommandError("--engine llama compares: no --prompt")
+        from pagealloc.demo.llama_session import run_llama_comparison
+
+        return run_llama_comparison(options)
     if args.prompt is not None:
         return run_prompt(options, args.prompt)
     return run_comparison(options)

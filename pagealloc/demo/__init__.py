@@ -16,6 +16,8 @@ A small Llama in NumPy, readable from end to end:
 and what ``pagealloc demo`` makes of it: `conversations` and `english_texts` (the input), `sides`,
 `side` and `job` (a process for each side), `measure` (what it costs), `comparison`, `report`,
 `display` and `chart` (what a person sees), `tiny_model` (for ``--quick``), `session` (the whole).
+With ``--engine llama`` llama.cpp computes: `llama_side`, `llama_quality`, `llama_chart`,
+`llama_session`.
 
 Needs the extra ``demo``: ``pip install 'pagealloc[demo]'``.
 """

@@ -7,7 +7,7 @@ from pagealloc.demo.comparison import REFERENCE_PERCENT, Comparison
 from pagealloc.demo.errors import require_extra
 from pagealloc.demo.report import write_percent
 
-__all__ = ["draw_chart"]
+__all__ = ["BAR_COLOURS", "FAINT", "INK", "draw_chart", "style_axes", "write_number"]
 
 INK = "#1f2933"
 FAINT = "#8a949e"
@@ -54,8 +54,8 @@ def _draw_panel(axes: Any, comparison: Comparison, figure_name: str, title: str,
     axes.bar_label(
         bars,
         [
-            _write(before),
-            f"{_write(after)}\n{write_percent(-comparison.reduction_percent(figure_name))}",
+            write_number(before),
+            f"{write_number(after)}\n{write_percent(-comparison.reduction_percent(figure_name))}",
         ],
         padding=4,
         fontsize=12,
@@ -79,7 +79,12 @@ def _draw_panel(axes: Any, comparison: Comparison, figure_name: str, title: str,
     axes.set_title(title, fontsize=11.5, color=INK, loc="left", pad=12)
     axes.set_xlim(-0.5, 1.5)
     axes.set_ylim(0, before * 1.14)
-    axes.yaxis.set_major_formatter(lambda value, _position: _write(value))
+    axes.yaxis.set_major_formatter(lambda value, _position: write_number(value))
+    style_axes(axes)
+
+
+def style_axes(axes: Any) -> None:
+    """Leave nothing of the axes but what is read."""
     axes.tick_params(axis="x", length=0, labelsize=11.5, labelcolor=INK)
     axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=FAINT)
     for side in ("top", "right", "left"):
@@ -87,5 +92,6 @@ def _draw_panel(axes: Any, comparison: Comparison, figure_name: str, title: str,
     axes.spines["bottom"].set_color(FAINT)
 
 
-def _write(value: float) -> str:
+def write_number(value: float) -> str:
+    """Return a figure for the picture."""
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"

@@ -5,9 +5,9 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-from pagealloc.demo.report import COLUMNS, Row
+from pagealloc.demo.report import COLUMNS
 from pagealloc.demo.tokenizer import Tokenizer
 
 __all__ = ["Display", "PlainDisplay", "RichDisplay", "make_display"]
@@ -19,6 +19,17 @@ SIDE_TITLES = {
     "baseline": "(a) baseline: a preallocated cache each, every prompt computed in full",
     "pagealloc": "(b) pagealloc: windows; the shared prompt computed once and forked",
 }
+
+
+class TableRow(Protocol):
+    """A line of a table."""
+
+    @property
+    def reference(self) -> str:
+        """What it is compared with; such a line stands out."""
+
+    def cells(self) -> tuple[str, ...]:
+        """Return a text for each column."""
 
 
 class TextStream:
@@ -93,7 +104,7 @@ class Display(ABC):
         """Print a line."""
 
     @abstractmethod
-    def show_table(self, rows: Sequence[Row]) -> None:
+    def show_table(self, rows: Sequence[TableRow], columns: Sequence[str] = COLUMNS) -> None:
         """Draw the table."""
 
 
@@ -119,9 +130,9 @@ class PlainDisplay(Display):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
-    def show_table(self, rows: Sequence[Row]) -> None:
+    def show_table(self, rows: Sequence[TableRow], columns: Sequence[str] = COLUMNS) -> None:
         """Print the columns, the first to the left and the others to the right."""
-        lines = [COLUMNS, *(row.cells() for row in rows)]
+        lines = [tuple(columns), *(row.cells() for row in rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
             cells = [line[0].ljust(widths[0])]
@@ -178,12 +189,12 @@ class RichDisplay(Display):
         """Print a line."""
         self._console.print(line, markup=False, soft_wrap=True)
 
-    def show_table(self, rows: Sequence[Row]) -> None:
+    def show_table(self, rows: Sequence[TableRow], columns: Sequence[str] = COLUMNS) -> None:
         """Draw the table."""
         from rich.table import Table
 
-        table = Table(*COLUMNS[:1], header_style="bold")
-        for column in COLUMNS[1:]:
+        table = Table(*columns[:1], header_style="bold")
+        for column in columns[1:]:
             table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
             table.add_row(*row.cells(), style="bold" if row.reference else None)

@@ -17,6 +17,7 @@ __all__ = [
     "page_faults",
     "page_table_bytes",
     "peak_rss_bytes",
+    "pss_bytes",
     "resident_bytes",
 ]
 
@@ -32,7 +33,12 @@ def page_faults() -> int:
 
 def peak_rss_bytes() -> int:
     """Return the largest RSS so far (VmHWM); a shared page counts once per mapping."""
-    return _status_bytes("VmHWM")
+    return _field_bytes("status", "VmHWM")
+
+
+def pss_bytes() -> int:
+    """Return this process's share of physical memory: a page mapped n times counts an nth each."""
+    return _field_bytes("smaps_rollup", "Pss")
 
 
 def resident_bytes(address: int, mapped_bytes: int) -> int:
@@ -65,9 +71,9 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _status_bytes(field: str) -> int:
+def _field_bytes(file: str, field: str) -> int:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self", file).read_text().splitlines()
     except FileNotFoundError as missing:
         raise DemoError(
             "the comparison reads its figures from /proc, which only Linux has; "

@@ -35,7 +35,17 @@ from pagealloc.kv import KVCache
 from pagealloc.kv.quantisation import KV_KINDS
 from pagealloc.units import format_bytes
 
-__all__ = ["DemoOptions", "run_comparison", "run_prompt"]
+__all__ = [
+    "TOKENS_DIFFER",
+    "TOKENS_IDENTICAL",
+    "DemoOptions",
+    "open_model",
+    "refuse_long_prompt",
+    "refuse_unwritable",
+    "run_comparison",
+    "run_prompt",
+    "system_prompt",
+]
 
 QUICK_SYSTEM_CHARACTERS = 1000
 """The byte vocabulary makes a token of every character."""
@@ -86,8 +96,8 @@ def run_comparison(options: DemoOptions) -> int:
         0, or 3 if the sides generated other tokens though both store float16.
     """
     for path in (options.json_path, options.png_path):
-        _refuse_unwritable(path)
-    with _open_model(options) as model:
+        refuse_unwritable(path)
+    with open_model(options) as model:
         questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(options.n_conversations)]
         n_ctx = min(options.n_ctx, model.shape.max_tokens)
         _refuse_what_does_not_fit(model.shape, len(questions) * n_ctx)
@@ -128,11 +138,11 @@ def _measure_quality(model: OpenModel, kv: str) -> Quality:
 
 def run_prompt(options: DemoOptions, question: str) -> int:
     """Answer one question, streaming, with the KV cache in pagealloc."""
-    with _open_model(options) as model:
+    with open_model(options) as model:
         prompt = model.prompt(CHAT_SYSTEM_PROMPT, question)
         prompt_ids = prompt.system_ids + prompt.question_ids
         n_ctx = min(options.n_ctx, model.shape.max_tokens)
-        _refuse_long_prompt(len(prompt_ids) + options.max_new_tokens, n_ctx)
+        refuse_long_prompt(len(prompt_ids) + options.max_new_tokens, n_ctx)
         llama = Llama.load(model.path)
         cache = KVCache(paged_layout(model.shape, n_ctx), **KV_KINDS[options.kv or "f16"])
         kv = PagedKV(cache.sequence())
@@ -165,7 +175,8 @@ def run_prompt(options: DemoOptions, question: str) -> int:
 
 
 @contextmanager
-def _open_model(options: DemoOptions) -> Iterator[OpenModel]:
+def open_model(options: DemoOptions) -> Iterator[OpenModel]:
+    """Find the model's file, or make one, and read all but its weights."""
     with tempfile.TemporaryDirectory(prefix="pagealloc-demo-") as folder:
         if options.quick:
             path = Path(folder) / "tiny-random.gguf"
@@ -177,10 +188,9 @@ def _open_model(options: DemoOptions) -> Iterator[OpenModel]:
 
 
 def _make_job(model: OpenModel, options: DemoOptions, questions: list[str], n_ctx: int) -> SideJob:
-    system = SYSTEM_PROMPT[:QUICK_SYSTEM_CHARACTERS] if options.quick else SYSTEM_PROMPT
-    prompts = [model.prompt(system, question) for question in questions]
+    prompts = [model.prompt(system_prompt(options), question) for question in questions]
     longest = max(len(prompt.system_ids) + len(prompt.question_ids) for prompt in prompts)
-    _refuse_long_prompt(longest + options.max_new_tokens, n_ctx)
+    refuse_long_prompt(longest + options.max_new_tokens, n_ctx)
     return SideJob(
         side="baseline",
         kv=options.kv or "f16",
@@ -195,7 +205,13 @@ def _make_job(model: OpenModel, options: DemoOptions, questions: list[str], n_ct
     )
 
 
-def _refuse_long_prompt(needed_tokens: int, n_ctx: int) -> None:
+def system_prompt(options: DemoOptions) -> str:
+    """Return what all conversations begin with."""
+    return SYSTEM_PROMPT[:QUICK_SYSTEM_CHARACTERS] if options.quick else SYSTEM_PROMPT
+
+
+def refuse_long_prompt(needed_tokens: int, n_ctx: int) -> None:
+    """Say before anything runs that a prompt and its answer leave no room."""
     if needed_tokens > n_ctx:
         raise DemoError(
             f"the prompt and its answer are up to {needed_tokens:,} tokens long, and the context "
@@ -252,7 +268,7 @@ def _write_json(
     path.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _refuse_unwritable(path: Path) -> None:
+def refuse_unwritable(path: Path) -> None:
     """Say now, not after minutes of work, that a result could not be written."""
     folder = path.absolute().parent
     if not folder.is_dir():

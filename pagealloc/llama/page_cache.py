@@ -222,9 +222,7 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         """Return the state of a `Llama` that has no tokens."""
         return self._handle(binding, _token_array([]), whole=memoryview(b""))
 
-    def lost_state(
-        self, binding: Binding, tokens: npt.NDArray[np.int32], reason: str
-    ) -> PageState:
+    def lost_state(self, binding: Binding, tokens: npt.NDArray[np.int32], reason: str) -> PageState:
         """Return a state that there was no memory for: who loads it is told."""
         return self._handle(binding, tokens, lost=reason)
 

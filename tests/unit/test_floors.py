@@ -23,7 +23,8 @@ AREAS = (
     ("core",),
     ("",),
     ("kv",),
-    ("demo", "llama", "observe"),
+    ("llama", "observe"),
+    ("demo",),
     ("cli",),
     ("__main__",),
 )
