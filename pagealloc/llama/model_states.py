@@ -29,7 +29,7 @@ import numpy as np
 from pagealloc import LlamaStateError, OutOfMemoryError, default_allocator
 from pagealloc.kv import KVLayout
 from pagealloc.llama.branches import Branches
-from pagealloc.llama.state_blob import StateFormat, transpose, write_state
+from pagealloc.llama.state_blob import RecordPlace, StateFormat, transpose, write_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from pagealloc.kv import KVCache, Sequence
-    from pagealloc.llama.state_blob import LayerType, RecordPlace
+    from pagealloc.llama.state_blob import LayerType, RecordFormat
 
 __all__ = ["ModelStates", "StoredAs", "new_blob"]
 
@@ -95,7 +95,7 @@ class ModelStates:
     Raises
     ------
     LlamaStateError
-        The rows cannot be kept as blocks: a sliding window's states have a second record.
+        The rows cannot be kept as blocks.
     """
 
     def __init__(
@@ -110,11 +110,9 @@ class ModelStates:
         budget_bytes: int,
         salt: str | bytes | None,
     ) -> None:
-        if len(state_format.records) != 1:
-            raise LlamaStateError("the model's states have a record of a sliding window")
         self.state_format = state_format
         self.last_use = 0.0
-        record = self._record = state_format.records[0]
+        record = self._record = _one_record(state_format.records)
         self._k = _Kind.of(record.k, head_dim)
         self._v = _Kind.of(record.v, head_dim)
         layout = KVLayout(
@@ -143,7 +141,7 @@ class ModelStates:
         self,
         tokens: npt.NDArray[np.int32],
         blob: memoryview,
-        place: RecordPlace,
+        places: list[RecordPlace],
         make_room: Callable[[int], object],
     ) -> Sequence:
         """Keep the rows of a state, of which those that are known are not looked at.
@@ -162,6 +160,7 @@ class ModelStates:
         OutOfMemoryError
             The budget is too small even with all else evicted.
         """
+        place = _one_place(places)
         n_cells = len(place.positions)
         order = _order(place.positions)
         if n_cells != len(tokens):
@@ -244,19 +243,19 @@ class ModelStates:
         OutOfMemoryError
             There is no memory for it.
         """
-        n_tokens = len(sequence)
-        state_format = StateFormat(header, (self._record,))
-        blob = new_blob(header, state_format.nbytes([n_tokens]))
-        self._fill(blob, state_format, sequence)
+        blob = new_blob(header, self.blob_bytes(len(sequence), header))
+        self._fill(blob, header, sequence)
         return blob
 
     def blob_bytes(self, n_tokens: int, header: bytes) -> int:
         """Return how many bytes a blob has."""
-        return StateFormat(header, (self._record,)).nbytes([n_tokens])
+        records = self.state_format.records
+        return StateFormat(header, records).nbytes([n_tokens] * len(records))
 
-    def _fill(self, blob: memoryview, state_format: StateFormat, sequence: Sequence) -> None:
-        positions = np.arange(len(sequence), dtype=np.int32)
-        place = write_state(state_format, blob, [positions])[0]
+    def _fill(self, blob: memoryview, header: bytes, sequence: Sequence) -> None:
+        state_format = StateFormat(header, self.state_format.records)
+        positions = [np.arange(len(sequence), dtype=np.int32)] * len(state_format.records)
+        place = _one_place(write_state(state_format, blob, positions))
         layers = range(len(self._record.k))
         if len(blob) < PARALLEL_BYTES:
             self._fill_layers(blob, place, sequence, layers)
@@ -390,6 +389,39 @@ class _Kind:
     def shaped(self, rows: npt.NDArray[Any], layer: int) -> npt.NDArray[Any]:
         """Return rows by head."""
         return rows.reshape(len(rows), self.n_heads[layer], self.head_dims[layer])
+
+
+def _one_record(records: tuple[RecordFormat, ...]) -> RecordFormat:
+    """Return the layers of all records as those of one.
+
+    A model with a sliding window has two: of the layers that see all, and of those that see the
+    window.  Of a prompt that fits into the window both have the same cells.
+    """
+    first = records[0]
+    if any(each.is_transposed != first.is_transposed for each in records):
+        raise LlamaStateError("V is transposed in some layers only")
+    return first._replace(
+        k=tuple(kind for each in records for kind in each.k),
+        v=tuple(kind for each in records for kind in each.v),
+    )
+
+
+def _one_place(places: list[RecordPlace]) -> RecordPlace:
+    """Return where the rows of all records lie, as those of one.
+
+    Raises
+    ------
+    LlamaStateError
+        They are of different tokens.
+    """
+    first = places[0]
+    if any(not np.array_equal(each.positions, first.positions) for each in places):
+        raise LlamaStateError("the state's records are of different tokens")
+    return RecordPlace(
+        first.positions,
+        [at for each in places for at in each.k],
+        [at for each in places for at in each.v],
+    )
 
 
 def new_blob(header: bytes, n_bytes: int) -> memoryview:

@@ -20,6 +20,7 @@ import sys
 import threading
 import warnings
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -123,7 +124,8 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
 
     Prompts are kept in blocks of 16 tokens, and share those they have in common, whoever computed
     them.  The longest match is restored.  States that cannot be taken apart (recurrent models,
-    sliding windows) are kept as they are, and found by a prompt that begins with all their tokens.
+    prompts longer than a sliding window) are kept as they are, and found by a prompt that begins
+    with all their tokens.
 
     `pagealloc.llama.attach` makes a `Llama` save and load without the copies that `set_cache`
     alone cannot avoid.
@@ -256,24 +258,31 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
     def _keep(self, binding: Binding, tokens: npt.NDArray[np.int32], blob: memoryview) -> PageState:
         states = self._states(binding)
         if states is None:
-            with self._lock:
-                self._make_room(len(blob))
-                if self.cache_size + len(blob) <= self.capacity_bytes:
-                    self._whole.keep(binding.whole_identity, tokens, blob)
-            return self._handle(binding, tokens, whole=blob)
+            return self._keep_whole(binding, tokens, blob)
         state_format, places = parse_state(blob)
         if state_format.records != states.state_format.records:
             raise LlamaStateError(
                 "the state is not of the form that this model's states had before: "
                 f"{state_format.records[0]!r:.200}"
             )
+        if len({len(place.positions) for place in places}) > 1:  # a window's rows are not all there
+            return self._keep_whole(binding, tokens, blob)
         try:
-            sequence = states.keep(tokens, blob, places[0], self._make_room)
+            sequence = states.keep(tokens, blob, places, self._make_room)
         except OutOfMemoryError:  # with everything else evicted: the budget is for others
             return self._handle(binding, tokens, whole=blob)
         if len(sequence) < len(tokens):
             return self._handle(binding, tokens, whole=blob)
         return self._handle(binding, tokens, rows=(states, sequence))
+
+    def _keep_whole(
+        self, binding: Binding, tokens: npt.NDArray[np.int32], blob: memoryview
+    ) -> PageState:
+        with self._lock:
+            self._make_room(len(blob))
+            if self.cache_size + len(blob) <= self.capacity_bytes:
+                self._whole.keep(binding.whole_identity, tokens, blob)
+        return self._handle(binding, tokens, whole=blob)
 
     # --- for its owner ------------------------------------------------------------------------
 
@@ -420,21 +429,19 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
     def _find(self, binding: Binding | None, tokens: npt.NDArray[np.int32]) -> PageState | None:
         if binding is None or not len(tokens):
             return None
-        states = self._states(binding)
+        states, sequence = self._states(binding), None
         if states is not None:
-            try:
+            with suppress(OutOfMemoryError):  # there is none to map it: it can be computed
                 sequence = states.find(tokens)
-            except OutOfMemoryError:  # there is none to map it: it can be computed
-                return None
-            if sequence is not None:
-                rows = (states, sequence)
-                return self._handle(binding, tokens[: len(sequence)], rows=rows, is_found=True)
+        n_found = 0 if sequence is None else len(sequence)
         with self._lock:
             whole = self._whole.find(binding.whole_identity, tokens)
-        if whole is None:
+        if whole is not None and whole.n_tokens > n_found:
+            blob = memoryview(whole.blob)
+            return self._handle(binding, tokens[: whole.n_tokens], whole=blob, is_found=True)
+        if states is None or sequence is None:
             return None
-        blob = memoryview(whole.blob)
-        return self._handle(binding, tokens[: whole.n_tokens], whole=blob, is_found=True)
+        return self._handle(binding, tokens[:n_found], rows=(states, sequence), is_found=True)
 
     def _handle(
         self,

@@ -1,7 +1,7 @@
 """Models for the tests of pagealloc.llama, which need llama-cpp-python."""
 
 import pytest
-from llama_models import write_tiny_mamba
+from llama_models import write_tiny_gemma3, write_tiny_mamba
 
 from pagealloc.demo.tiny_model import write_tiny_model
 
@@ -25,6 +25,13 @@ def other_path(tmp_path_factory):
 def mamba_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "mamba.gguf"
     write_tiny_mamba(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def gemma3_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "gemma3.gguf"
+    write_tiny_gemma3(path)
     return str(path)
 
 

@@ -215,6 +215,17 @@ class TestRows:
             rows.append(kv.v(0)[:1].copy())
         assert np.array_equal(*rows)
 
+    def test_a_sliding_window(self, make, make_ours, gemma3_path):
+        """It has buffers of its own, which are ours; what lies where in them is not known."""
+        (llm, kv), plain = make_ours(gemma3_path), make(gemma3_path)
+        for each in (llm, plain):
+            each.eval(token_ids(200))
+        assert np.array_equal(logits(llm), logits(plain))
+        assert 0 < kv.stats().resident_bytes < kv.stats().reserved_bytes
+        for call in (lambda: kv.k(0), kv.trim, kv.prefix):
+            with pytest.raises(LlamaStateError, match="sliding window"):
+                call()
+
     def test_layers(self, make_ours):
         llm, kv = make_ours()
         llm.eval([5])

@@ -432,6 +432,45 @@ class TestWhole:
                 assert cache.cache_size <= cache.capacity_bytes
 
 
+class TestSlidingWindow:
+    """Gemma 3's states have a second record: of the layers that see the last 64 tokens here."""
+
+    @pytest.fixture(params=[False, True])
+    def gemma(self, request, make, gemma3_path):
+        return lambda **options: make(gemma3_path, swa_full=request.param, **options)
+
+    @pytest.mark.parametrize("flash_attn", [False, True])
+    def test_a_prompt_within_the_window_is_shared(self, gemma, cache, flash_attn):
+        first, second, plain = (gemma(flash_attn=flash_attn) for _ in range(3))
+        for llm in (first, second):
+            attach(llm, cache)
+        first.eval(token_ids(60))
+        first.save_state()
+        assert (cache.stats().n_whole_states, cache.stats().n_blocks) == (0, 3)
+        found = cache._find(cache.binding(second), np.array([*token_ids(60)[:50], 7]))
+        assert found.n_tokens == 50
+        second.load_state(found)
+        plain.eval(token_ids(60)[:50])
+        for llm in (second, plain):
+            llm.eval([5])
+        assert np.allclose(logits(second), logits(plain), atol=0.01)
+
+    def test_a_longer_one_is_kept_whole(self, gemma, cache):
+        first, second = gemma(), gemma()
+        for llm in (first, second):
+            attach(llm, cache)
+        tokens = token_ids(300)
+        first.eval(tokens)
+        state = first.save_state()
+        assert cache.stats().n_whole_states == 1
+        assert cache._find(cache.binding(second), np.array([*tokens, 7])).n_tokens == 300
+        assert cache._find(cache.binding(second), np.array(tokens[:200])) is None
+        first.eval([5])
+        second.load_state(state)
+        second.eval([5])
+        assert np.allclose(logits(first), logits(second), atol=0.01)
+
+
 class TestByHand:
     """As a mapping, without a `Llama` asking."""
 

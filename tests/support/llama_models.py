@@ -8,23 +8,17 @@ from pagealloc.demo.tokenizer import SPACE, TokenKind
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it thinks about what it has done. "
 
 TOKENS = ["<unk>", "<s>", "</s>", SPACE, *(f"<0x{byte:02X}>" for byte in range(256))]
-WIDTH, INNER, STATE, CONV, DT_RANK, N_LAYERS = 64, 128, 8, 4, 8, 2
+WIDTH = 64
 
 
-def write_tiny_mamba(path, seed=0):
-    """Write a recurrent model of random weights, with a byte vocabulary."""
+def open_writer(path, architecture, n_layers):
+    """Begin a model with a byte vocabulary."""
     kinds = [TokenKind.UNKNOWN, TokenKind.CONTROL, TokenKind.CONTROL, TokenKind.NORMAL]
-    writer = require_extra("gguf").GGUFWriter(path, "mamba")
-    writer.add_name("tiny random Mamba")
+    writer = require_extra("gguf").GGUFWriter(path, architecture)
+    writer.add_name(f"tiny random {architecture}")
     writer.add_context_length(2048)
     writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(0)
-    writer.add_head_count(0)
-    writer.add_block_count(N_LAYERS)
-    writer.add_ssm_conv_kernel(CONV)
-    writer.add_ssm_inner_size(INNER)
-    writer.add_ssm_state_size(STATE)
-    writer.add_ssm_time_step_rank(DT_RANK)
+    writer.add_block_count(n_layers)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(TOKENS)
@@ -33,6 +27,11 @@ def write_tiny_mamba(path, seed=0):
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    return writer
+
+
+def tensors(writer, seed):
+    """Return what adds tensors, of random values or of given ones."""
     random = np.random.default_rng(seed)
 
     def add(name, *shape, values=None):
@@ -40,25 +39,73 @@ def write_tiny_mamba(path, seed=0):
             values = random.standard_normal(shape) / np.sqrt(shape[-1])
         writer.add_tensor(name, np.full(shape, values, np.float32))
 
-    add("token_embd.weight", len(TOKENS), WIDTH)
-    add("output_norm.weight", WIDTH, values=1.0)
-    add("output.weight", len(TOKENS), WIDTH)
-    for layer in range(N_LAYERS):
-        name = f"blk.{layer}"
-        add(f"{name}.attn_norm.weight", WIDTH, values=1.0)
-        add(f"{name}.ssm_in.weight", 2 * INNER, WIDTH)
-        add(f"{name}.ssm_conv1d.weight", INNER, CONV)
-        add(f"{name}.ssm_conv1d.bias", INNER, values=0.0)
-        add(f"{name}.ssm_x.weight", DT_RANK + 2 * STATE, INNER)
-        add(f"{name}.ssm_dt.weight", INNER, DT_RANK)
-        add(f"{name}.ssm_dt.bias", INNER, values=0.0)
-        add(f"{name}.ssm_a", INNER, STATE, values=-1.0)
-        add(f"{name}.ssm_d", INNER, values=1.0)
-        add(f"{name}.ssm_out.weight", WIDTH, INNER)
+    return add
+
+
+def close_writer(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_tiny_mamba(path, seed=0):
+    """Write a recurrent model of random weights."""
+    inner, state, conv, dt_rank, n_layers = 128, 8, 4, 8, 2
+    writer = open_writer(path, "mamba", n_layers)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_ssm_conv_kernel(conv)
+    writer.add_ssm_inner_size(inner)
+    writer.add_ssm_state_size(state)
+    writer.add_ssm_time_step_rank(dt_rank)
+    add = tensors(writer, seed)
+    add("token_embd.weight", len(TOKENS), WIDTH)
+    add("output_norm.weight", WIDTH, values=1.0)
+    add("output.weight", len(TOKENS), WIDTH)
+    for layer in range(n_layers):
+        name = f"blk.{layer}"
+        add(f"{name}.attn_norm.weight", WIDTH, values=1.0)
+        add(f"{name}.ssm_in.weight", 2 * inner, WIDTH)
+        add(f"{name}.ssm_conv1d.weight", inner, conv)
+        add(f"{name}.ssm_conv1d.bias", inner, values=0.0)
+        add(f"{name}.ssm_x.weight", dt_rank + 2 * state, inner)
+        add(f"{name}.ssm_dt.weight", inner, dt_rank)
+        add(f"{name}.ssm_dt.bias", inner, values=0.0)
+        add(f"{name}.ssm_a", inner, state, values=-1.0)
+        add(f"{name}.ssm_d", inner, values=1.0)
+        add(f"{name}.ssm_out.weight", WIDTH, inner)
+    close_writer(writer)
+
+
+def write_tiny_gemma3(path, seed=0):
+    """Write a model of random weights, most of whose layers see the last 64 tokens only."""
+    n_layers, heads, head_dim, ffn = 6, 2, 32, 128
+    writer = open_writer(path, "gemma3", n_layers)
+    writer.add_feed_forward_length(ffn)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_freq_base(1e6)
+    writer.add_sliding_window(64)
+    add = tensors(writer, seed)
+    add("token_embd.weight", len(TOKENS), WIDTH)
+    add("output_norm.weight", WIDTH, values=1.0)
+    for layer in range(n_layers):
+        name = f"blk.{layer}"
+        for norm in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
+            add(f"{name}.{norm}.weight", WIDTH, values=1.0)
+        for norm in ("attn_q_norm", "attn_k_norm"):
+            add(f"{name}.{norm}.weight", head_dim, values=1.0)
+        add(f"{name}.attn_q.weight", heads * head_dim, WIDTH)
+        add(f"{name}.attn_k.weight", head_dim, WIDTH)
+        add(f"{name}.attn_v.weight", head_dim, WIDTH)
+        add(f"{name}.attn_output.weight", WIDTH, heads * head_dim)
+        add(f"{name}.ffn_gate.weight", ffn, WIDTH)
+        add(f"{name}.ffn_up.weight", ffn, WIDTH)
+        add(f"{name}.ffn_down.weight", WIDTH, ffn)
+    close_writer(writer)
 
 
 def complete(llm, prompt, max_tokens=12):
