@@ -1,68 +1,16 @@
 """sequence(llm): llama.cpp's calls with checked arguments, and against pagealloc's KV layer."""
 
-import ctypes
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_models import logits, token_ids
+from llama_models import N_SEQ, Context, logits, token_ids
 
 from pagealloc.kv import KVCache, KVLayout, Rope
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="installed in the tox env `llama` alone")
 
 from pagealloc.llama import sequence
-
-N_SEQ = 4
-
-
-class Context:
-    """A bare context of several sequences, as `sequence` wants a `Llama`."""
-
-    def __init__(self, path, *, unified=True, n_seq_max=N_SEQ):
-        params = llama_cpp.llama_model_default_params()
-        self.model = llama_cpp.llama_model_load_from_file(path.encode(), params)
-        self.context_params = llama_cpp.llama_context_default_params()
-        assert self.context_params.offload_kqv
-        self.context_params.n_ctx = 256 * (1 if unified else n_seq_max)
-        self.context_params.n_seq_max = n_seq_max
-        self.context_params.kv_unified = unified
-        self.ctx = llama_cpp.llama_init_from_model(self.model, self.context_params)
-        self._ctx, self._model = self, self
-        self.batch = llama_cpp.llama_batch_init(64, 0, n_seq_max)
-
-    def eval(self, seq_id, positions):
-        """Evaluate a token at each position."""
-        self.batch.n_tokens = len(positions)
-        for i, position in enumerate(positions):
-            self.batch.token[i] = 4 + position % 250
-            self.batch.pos[i] = position
-            self.batch.seq_id[i][0] = seq_id
-            self.batch.n_seq_id[i] = 1
-            self.batch.logits[i] = False
-        assert llama_cpp.llama_decode(self.ctx, self.batch) == 0
-
-    def clear(self):
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), True)
-
-    def cells(self):
-        """Return the (position, sequences) of each cell, sorted."""
-        n_bytes = llama_cpp.llama_state_get_size(self.ctx)
-        blob = (ctypes.c_uint8 * n_bytes)()
-        n_bytes = llama_cpp.llama_state_get_data(self.ctx, blob, n_bytes)
-        words = np.frombuffer(bytes(blob[:n_bytes])[9:], "<i4", (n_bytes - 9) // 4)
-        n_cells, at, cells = words[1], 2, []
-        for _ in range(n_cells):
-            n_ids = words[at + 1]
-            cells.append((int(words[at]), tuple(words[at + 2 : at + 2 + n_ids].tolist())))
-            at += 2 + n_ids
-        return sorted(cells)
-
-    def close(self):
-        llama_cpp.llama_batch_free(self.batch)
-        llama_cpp.llama_free(self.ctx)
-        llama_cpp.llama_model_free(self.model)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """What the tests of pagealloc.llama share: models, and texts to compare."""
 
+import ctypes
+
 import numpy as np
 
 from pagealloc.demo.errors import require_extra
@@ -9,6 +11,7 @@ PROMPT = "The quick brown fox jumps over the lazy dog, and then it thinks about 
 
 TOKENS = ["<unk>", "<s>", "</s>", SPACE, *(f"<0x{byte:02X}>" for byte in range(256))]
 WIDTH = 64
+N_SEQ = 4
 
 
 def open_writer(path, architecture, n_layers):
@@ -136,3 +139,59 @@ def adopt_and_evaluate(pipe, path):
     llm.eval([5])
     pipe.send((n_tokens, logits(llm)))
     llm.close()
+
+
+class Context:
+    """A bare context of several sequences, as `sequence` wants a `Llama`."""
+
+    def __init__(self, path, *, unified=True, n_seq_max=N_SEQ):
+        from llama_cpp import llama_cpp
+
+        self.lib = llama_cpp
+        params = llama_cpp.llama_model_default_params()
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), params)
+        self.context_params = llama_cpp.llama_context_default_params()
+        assert self.context_params.offload_kqv
+        self.context_params.n_ctx = 256 * (1 if unified else n_seq_max)
+        self.context_params.n_seq_max = n_seq_max
+        self.context_params.kv_unified = unified
+        self.ctx = llama_cpp.llama_init_from_model(self.model, self.context_params)
+        self._ctx, self._model = self, self
+        self.batch = llama_cpp.llama_batch_init(64, 0, n_seq_max)
+
+    def eval(self, seq_id, positions):
+        """Evaluate a token at each position."""
+        self.batch.n_tokens = len(positions)
+        for i, position in enumerate(positions):
+            self.batch.token[i] = 4 + position % 250
+            self.batch.pos[i] = position
+            self.batch.seq_id[i][0] = seq_id
+            self.batch.n_seq_id[i] = 1
+            self.batch.logits[i] = False
+        assert self.lib.llama_decode(self.ctx, self.batch) == 0
+
+    def clear(self):
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.ctx), True)
+
+    def state(self):
+        """Return the whole state."""
+        n_bytes = self.lib.llama_state_get_size(self.ctx)
+        blob = (ctypes.c_uint8 * n_bytes)()
+        n_bytes = self.lib.llama_state_get_data(self.ctx, blob, n_bytes)
+        return bytes(blob[:n_bytes])
+
+    def cells(self):
+        """Return the (position, sequences) of each cell, sorted."""
+        blob = self.state()
+        words = np.frombuffer(blob[9:], "<i4", (len(blob) - 9) // 4)
+        n_cells, at, cells = words[1], 2, []
+        for _ in range(n_cells):
+            n_ids = words[at + 1]
+            cells.append((int(words[at]), tuple(words[at + 2 : at + 2 + n_ids].tolist())))
+            at += 2 + n_ids
+        return sorted(cells)
+
+    def close(self):
+        self.lib.llama_batch_free(self.batch)
+        self.lib.llama_free(self.ctx)
+        self.lib.llama_model_free(self.model)
