@@ -3,7 +3,6 @@
 import importlib.machinery
 import importlib.metadata
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +80,7 @@ def test_import_time():
         "print(1000 * (time.perf_counter() - start))"
     )
     python(code)  # the first import may compile to bytecode
-    # NumPy is there already: what is measured is what pagealloc adds.
-    import_ms = statistics.median(float(python(code)) for _ in range(9))
+    # NumPy is there already: what is measured is what pagealloc adds.  The least of several: a
+    # busy machine makes all of them longer, and none shorter.
+    import_ms = min(float(python(code)) for _ in range(9))
     assert import_ms <= MOST_IMPORT_MS
