@@ -78,10 +78,12 @@ def kv_memory(
         Whose memory to take, and in whose budget and statistics it counts; the whole of it, since
         llama.cpp may write anywhere.  By default one of its own.
     backing : {"base", "thp", "hugetlb"}
-        Of the allocator of its own.  Huge pages bring 2 MiB where a row is written, and made
-        decoding no faster where it was measured.
+        Of the allocator of its own; what that is comes to bear with ``lazy=False``.  Huge pages
+        made decoding no faster where it was measured.
     lazy : bool
-        False: have all pages at once, and never wait for one.
+        Base pages as tokens come, whatever the allocator's pages are: a huge one would bring 2 MiB
+        where a row is written.  The kernel is asked so for the memory it gets there, and goes by it
+        when the allocator hands that out again.  False: have all pages at once.
 
     Yields
     ------
@@ -137,6 +139,7 @@ class KVMemory:
     def __init__(self, allocator: PageAllocator) -> None:
         self.allocator = allocator
         self._buffers: list[KVBuffer] = []
+        self._scratch: list[KVBuffer] = []  # kept: without its KVBuffer memory does not go back
         self._context = 0
         self._llm: weakref.ref[Llama] | None = None
         self._prefix: SharedPrefix | None = None

@@ -57,12 +57,12 @@ class KVRows:
         streams: list[tuple[RecordFormat, RecordPlace]],
         blob: memoryview,
         n_cells: int,
-        head_dim: int,
+        n_heads: int,
     ) -> None:
         self.buffer = buffer
         self.record = streams[0][0]
         self.n_cells = n_cells
-        self._head_dim = head_dim
+        self._n_heads = n_heads
         self.tensors = list(self._lay_out())
         self.used = np.zeros((self.record.n_streams, n_cells), np.bool_)
         for record, place in streams:
@@ -138,8 +138,8 @@ class KVRows:
             rows = by_channel.swapaxes(1, 2)
             if self.n_streams > 1:
                 raise ValueError("transposed V of several streams has no one axis of cells")
-            return _by_head(rows[0], self._head_dim)
-        return _by_head(values.reshape(all_cells, n_values), self._head_dim)
+            return _by_head(rows[0], self._n_heads)
+        return _by_head(values.reshape(all_cells, n_values), self._n_heads)
 
     # --- pages --------------------------------------------------------------------------------
 
@@ -193,14 +193,14 @@ def find_rows(context: int, buffer: KVBuffer) -> KVRows | None:
         raise LlamaStateError("a sliding window's rows lie in a buffer of their own")
     model = llama_cpp.llama_get_model(context)
     n_cells = llama_cpp.llama_n_ctx(context) // record.n_streams
-    head_dim = llama_cpp.llama_model_n_embd(model) // llama_cpp.llama_model_n_head(model)
-    return KVRows(buffer, streams, blob, n_cells, head_dim)
+    n_heads = llama_cpp.llama_model_n_head_kv(model)
+    return KVRows(buffer, streams, blob, n_cells, n_heads)
 
 
-def _by_head(rows: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
+def _by_head(rows: npt.NDArray[Any], n_heads: int) -> npt.NDArray[Any]:
     """Return rows (C, values) as (C, H, D), whatever their strides."""
     n_values = rows.shape[1]
-    dim = head_dim if n_values % head_dim == 0 else n_values
+    dim = n_values if n_values % n_heads else n_values // n_heads
     return np.lib.stride_tricks.as_strided(
         rows,
         (len(rows), n_values // dim, dim),

@@ -199,6 +199,8 @@ class TestRows:
         k, v = kv.k(1), kv.v(1)
         assert not k.flags.writeable
         assert len(k) == len(v) == llm.n_ctx()
+        if "type_k" not in context or context["type_k"] == 0:
+            assert k.shape[1:] == v.shape[1:] == (2, 64)
         before = k[:50].copy(), v[:50].copy()
         assert all(np.any(rows) for rows in before)
         llm.eval(token_ids(30, seed=2))
