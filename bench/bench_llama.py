@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 TITLE = "llama.cpp's prompt cache and KV buffer, measured"
-RAM, STOCK, PRIVATE, RECOMPUTED = "LlamaRAMCache", "llama.cpp", "not shared", "no cache"
+RAM, STOCK, PRIVATE = "LlamaRAMCache", "llama.cpp", "not shared"
+RECOMPUTED, AT_ONCE = "no cache", "no cache, at one go"
 N_CONVERSATIONS, SHARED_TOKENS, OWN_TOKENS, ANSWER_TOKENS = 8, 1000, 201, 16
 N_PROMPTS, PROMPT_TOKENS = 1000, 1000
 PREFIX_TOKENS = 992
@@ -72,11 +73,14 @@ class Side:
 
     def __init__(self, cache: Any, *, flash_attn: bool) -> None:
         from pagealloc.llama import PageCache, attach
+        from pagealloc.llama.contexts import Context
 
         self.llm, self.cache = make(flash_attn=flash_attn), cache
+        self.context = Context(self.llm)
         self.saves_ms: list[float] = []
         self.loads_ms: list[float] = []
         self.cold_loads_ms: list[float] = []
+        self.n_computed = 0
         if isinstance(cache, PageCache):
             attach(self.llm, cache)
         elif cache is not None:
@@ -90,10 +94,40 @@ class Side:
             return state
 
         def timed_load(state: Any) -> None:
+            put_back = self.present()
             self.cold_loads_ms.append(milliseconds(lambda: load_state(state))[0])
+            put_back()
+            self.warm()
             self.loads_ms.append(milliseconds(lambda: load_state(state))[0])
 
+        def counted_eval(tokens: Any) -> None:
+            self.n_computed += len(tokens)
+            evaluate(tokens)
+
+        evaluate = self.llm.eval
         self.llm.save_state, self.llm.load_state = timed_save, timed_load
+        self.llm.eval = counted_eval
+
+    def present(self) -> Callable[[], None]:
+        """Return what puts the `Llama` where it is now."""
+        llm, n_tokens, input_ids = self.llm, self.llm.n_tokens, self.llm.input_ids.copy()
+        blob = self.context.take() if n_tokens else None
+
+        def put_back() -> None:
+            self.context.clear()
+            if blob is not None:
+                self.context.give(blob)
+            llm.n_tokens, llm.input_ids[:] = n_tokens, input_ids
+
+        return put_back
+
+    def clear_times(self) -> dict[str, float]:
+        """Return the medians of what was timed, and forget it."""
+        times = {"save": self.saves_ms, "load": self.loads_ms, "cold load": self.cold_loads_ms}
+        medians = {name: statistics.median(each or [0.0]) for name, each in times.items()}
+        for each in times.values():
+            each.clear()
+        return medians
 
     def warm(self) -> None:
         """Touch the KV rows, and memory that will be free then."""
@@ -105,14 +139,23 @@ class Side:
         target = (ctypes.c_uint8 * n_bytes).from_buffer(room)
         bindings.llama_state_seq_get_data_ext(context, target, n_bytes, 0, 0)
 
+    def forget(self) -> None:
+        """Let the context hold nothing."""
+        self.context.clear()
+        self.llm.reset()
+
     def answer(self, prompt: list[int]) -> str:
-        """Return the answer to a prompt, as far as the cache goes not computed again."""
-        if self.cache is None:
-            self.llm.reset()
+        """Return the answer to a prompt, of which nothing is computed that is there."""
+        self.n_computed = 0
         answer = self.llm.create_completion(
             prompt, max_tokens=ANSWER_TOKENS, temperature=0.0, seed=1
         )
         return str(answer["choices"][0]["text"])
+
+    @property
+    def n_restored(self) -> int:
+        """How many tokens of the prompt asked last were there; without any, none of the answer."""
+        return self.llm.n_tokens - self.n_computed
 
     def held_bytes(self) -> int:
         """Return what the cache holds, arrays beside the state included."""
@@ -127,7 +170,12 @@ class Side:
 
 
 def conversation_rows(notes: list[str], *, quick: bool, flash_attn: bool) -> list[Row]:
-    """Return the lines of eight conversations, each held twice."""
+    """Return the lines of eight conversations, each held twice.
+
+    Then each is asked for once more by a context that holds nothing, and the last is saved as if it
+    were new.  That is told below the table; as is what the text is without a cache, where other
+    tokens are computed together: those that a cache restores have been computed before the others.
+    """
     from llama_cpp import LlamaRAMCache
 
     from pagealloc.llama import PageCache
@@ -144,21 +192,28 @@ def conversation_rows(notes: list[str], *, quick: bool, flash_attn: bool) -> lis
         tokens[:SHARED_TOKENS] + tokens[1100 + OWN_TOKENS * i : 1100 + OWN_TOKENS * (i + 1)]
         for i in range(n)
     ]
-    texts: dict[str, list[str]] = {name: [] for name in sides}
+    bare = sides.pop(RECOMPUTED)
+    texts: dict[str, list[str]] = {name: [] for name in (*sides, RECOMPUTED, AT_ONCE)}
     for visit in range(2):
         for prompt in prompts:
             for name, side in sides.items():
-                if visit == 0 or name != RECOMPUTED:
-                    texts[name].append(side.answer(prompt))
-        if visit == 0:
-            for side in sides.values():
-                side.loads_ms.clear()  # of the shared beginning; the bar is about a revisit
-                side.cold_loads_ms.clear()
-    held = {name: sides[name].held_bytes() / MIB for name in (RAM, "f16", "K8/V4")}
+                texts[name].append(side.answer(prompt))
+            for name, n_before in ((RECOMPUTED, sides["f16"].n_restored), (AT_ONCE, 0)):
+                bare.forget()
+                bare.llm.eval(prompt[:n_before])
+                texts[name].append(bare.answer(prompt))
+        for side in sides.values():
+            if visit == 0:
+                side.clear_times()  # of the shared beginning; the bar is about a revisit
+    held = {name: side.held_bytes() / MIB for name, side in sides.items()}
     n_differ = {
-        name: sum(a != b for a, b in zip(texts[name], texts[RECOMPUTED] * 2, strict=True))
+        name: {
+            other: sum(a != b for a, b in zip(texts[name], texts[other], strict=True))
+            for other in (RECOMPUTED, AT_ONCE)
+        }
         for name in (RAM, "f16")
     }
+    medians = {name: side.clear_times() for name, side in sides.items()}
     how = "flash_attn" if flash_attn else "default"
     work = f"{how}, {n} conversations of {SHARED_TOKENS + OWN_TOKENS + ANSWER_TOKENS - 1:,} tokens"
     scale = n / N_CONVERSATIONS if quick else 1
@@ -168,33 +223,50 @@ def conversation_rows(notes: list[str], *, quick: bool, flash_attn: bool) -> lis
         )
         for name, most in (("f16", 65), ("K8/V4", 28))
     ]
-    for bar, name, most, times in (
-        ("save", "f16", 15, "saves_ms"),
-        ("save", "K8/V4", 15, "saves_ms"),
-        ("load", "f16", 10, "loads_ms"),
-        ("load", "K8/V4", 20, "loads_ms"),
+    for bar, name, most in (
+        ("save", "f16", 15),
+        ("save", "K8/V4", 15),
+        ("load", "f16", 10),
+        ("load", "K8/V4", 20),
     ):
-        figures = {key: statistics.median(getattr(sides[key], times)) for key in (RAM, name)}
-        peers = {RAM: figures[RAM]}
-        rows.append(limit_row(bar, f"{how}, {name}", most, figures[name], "ms", peers=peers))
+        peers = {RAM: medians[RAM][bar]}
+        rows.append(limit_row(bar, f"{how}, {name}", most, medians[name][bar], "ms", peers=peers))
     rows.append(
         limit_row(
             "text",
             f"{how}, f16: answers of {2 * n} that differ from those of a run without a cache",
             0,
-            n_differ["f16"],
+            n_differ["f16"][RECOMPUTED],
             "answers",
-            peers={RAM: n_differ[RAM]},
+            peers={RAM: n_differ[RAM][RECOMPUTED]},
         )
     )
-    cold = {name: statistics.median(sides[name].cold_loads_ms) for name in held}
-    notes.append(
-        f"{how}: loads with memory that lay idle: "
-        + ", ".join(f"{name} {took_ms:.0f} ms" for name, took_ms in cold.items())
-    )
+    notes.append(f"{how}: loads with memory that lay idle: {listed(medians, 'cold load')}")
+    for prompt in prompts:
+        for side in sides.values():
+            side.forget()
+            side.answer(prompt)
     for side in sides.values():
+        side.saves_ms.clear()
+        for _ in range(5):
+            if side.cache is not sides[RAM].cache:
+                side.cache.clear()
+            side.llm.save_state()
+    medians = {name: side.clear_times() for name, side in sides.items()}
+    notes += [
+        f"{how}: loads into a context that holds nothing: {listed(medians, 'load')}",
+        f"{how}: saves of a prompt of which nothing is known: {listed(medians, 'save')}",
+        f"{how}: answers of {2 * n} that differ from those computed at one go, not the last tokens "
+        f"alone: {RAM} {n_differ[RAM][AT_ONCE]}, f16 {n_differ['f16'][AT_ONCE]}",
+    ]
+    for side in (*sides.values(), bare):
         side.llm.close()
     return [*rows, logits_row(prompts, flash_attn=flash_attn)]
+
+
+def listed(medians: dict[str, dict[str, float]], what: str) -> str:
+    """Return a time of each side in words."""
+    return ", ".join(f"{name} {times[what]:.1f} ms" for name, times in medians.items())
 
 
 def logits_row(prompts: list[list[int]], *, flash_attn: bool) -> Row:

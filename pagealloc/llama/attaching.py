@@ -87,7 +87,7 @@ def _save(llm: Llama, cache: PageCache, binding: Binding) -> PageState:
     if binding.context is None or not len(tokens):
         return cache.empty_state(binding)
     try:
-        state = cache.keep(binding, tokens, memoryview(binding.context.take()), is_asked=False)
+        state = cache.keep_present(binding, tokens)
     except OutOfMemoryError as error:  # a completion has its answer by now, which must not be lost
         warnings.warn(f"a prompt is not cached: {error}", RuntimeWarning, stacklevel=3)
         return cache.lost_state(binding, tokens, str(error))
@@ -109,7 +109,12 @@ def _load(llm: Llama, binding: Binding, state: Any) -> None:
         binding.context.clear()
         return
     try:
-        binding.context.give(state.blob(SEQUENCE_HEADER))
+        first = _n_present(llm, binding, state)
+        blob = state.blob(SEQUENCE_HEADER, first)
+        if first:
+            binding.context.give_from(first, blob)
+        else:
+            binding.context.give(blob)
     except (LlamaStateError, OutOfMemoryError) as error:
         if not state.is_found:
             raise
@@ -123,3 +128,19 @@ def _load(llm: Llama, binding: Binding, state: Any) -> None:
         llm._seed = state.seed
     if state.kept_scores is not None and llm._logits_all:
         llm.scores[: state.n_tokens] = state.kept_scores
+
+
+def _n_present(llm: Llama, binding: Binding, state: PageState) -> int:
+    """Return how many tokens of a state the `Llama` has, which need not be given.
+
+    They are whose rows it would use for a prompt anyway, whatever computed them.  Of a state that
+    was saved all is given: what comes back is what was there, to the bit.
+    """
+    n_tokens, context = llm.n_tokens, binding.context
+    if context is None or not (state.is_found and state.has_rows and binding.takes_parts):
+        return 0
+    if not n_tokens or not context.has(n_tokens):
+        return 0
+    n = min(n_tokens, state.n_tokens - 1)
+    differs = llm.input_ids[:n] != state.tokens[:n]
+    return int(differs.argmax()) if differs.any() else n

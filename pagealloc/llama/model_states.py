@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pagealloc.kv import KVCache, Sequence
     from pagealloc.llama.state_blob import LayerType, RecordFormat
 
-__all__ = ["ModelStates", "StoredAs", "new_blob"]
+__all__ = ["ModelStates", "StoredAs", "Taken", "new_blob"]
 
 BLOCK_TOKENS = 16
 ROW_ALIGN = 4
@@ -68,6 +68,14 @@ class StoredAs(NamedTuple):
         if rotate is not None:
             rotate = "".join(letter for letter in rotate if stored[letter] is not None)
         return {"k_type": k_type, "v_type": v_type, "rotate": rotate, "residual_tokens": 0}
+
+
+class Taken(NamedTuple):
+    """A state of a prompt's tokens from one on."""
+
+    begin: int
+    blob: memoryview
+    places: list[RecordPlace]
 
 
 class ModelStates:
@@ -140,13 +148,13 @@ class ModelStates:
     def keep(
         self,
         tokens: npt.NDArray[np.int32],
-        blob: memoryview,
-        places: list[RecordPlace],
+        take: Callable[[int], Taken],
         make_room: Callable[[int], object],
     ) -> Sequence:
         """Keep the rows of a state, of which those that are known are not looked at.
 
-        `make_room` is called with how many bytes it will take.
+        `take` is called with the first token whose rows are needed, and returns a state of it and
+        all behind it, or of more.  `make_room` is called with how many bytes they will take.
 
         Returns
         -------
@@ -160,26 +168,23 @@ class ModelStates:
         OutOfMemoryError
             The budget is too small even with all else evicted.
         """
-        place = _one_place(places)
-        n_cells = len(place.positions)
-        order = _order(place.positions)
-        if n_cells != len(tokens):
-            raise LlamaStateError(f"the state holds {n_cells} tokens, not {len(tokens)}")
-        n_kept = min(n_cells, self._max_kept_tokens)
+        n_tokens = len(tokens)
+        n_kept = min(n_tokens, self._max_kept_tokens)
         sequence = self._sequence(tokens[:n_kept])
         try:
             first = sequence.n_cached
+            begin, blob, places = take(first)
+            place = _one_place(places)
+            rows_of = _rows_by_token(place.positions, begin, n_tokens)
             make_room(self._bytes_for(n_kept - first))
             if first < n_kept:
-                rows = slice(first, n_kept) if order is None else order[first:n_kept]
-                for layer, k, v in self._rows(blob, place, rows):
+                for layer, k, v in self._rows(blob, place, rows_of(first, n_kept)):
                     sequence.append(layer, k, v)
             sequence.publish()
             self.branches.note_blocks(tokens[:n_kept], first)
-            if n_kept == n_cells:
+            if n_kept == n_tokens:
                 n_whole = n_kept // BLOCK_TOKENS * BLOCK_TOKENS
-                rows = slice(n_whole, None) if order is None else order[n_whole:]
-                self._keep_tail(tokens, self._rows(blob, place, rows))
+                self._keep_tail(tokens, self._rows(blob, place, rows_of(n_whole, n_tokens)))
         except BaseException:
             sequence.close()
             raise
@@ -235,16 +240,18 @@ class ModelStates:
                 at += n_tokens * kind.row_bytes
             yield layer, rows[0], rows[1]
 
-    def blob(self, sequence: Sequence, header: bytes) -> memoryview:
+    def blob(self, sequence: Sequence, header: bytes, first: int = 0) -> memoryview:
         """Return a blob for llama.cpp with the rows of a sequence, in memory that is its own.
+
+        Of its tokens from `first` on.
 
         Raises
         ------
         OutOfMemoryError
             There is no memory for it.
         """
-        blob = new_blob(header, self.blob_bytes(len(sequence), header))
-        self._fill(blob, header, sequence)
+        blob = new_blob(header, self.blob_bytes(len(sequence) - first, header))
+        self._fill(blob, header, sequence, first)
         return blob
 
     def blob_bytes(self, n_tokens: int, header: bytes) -> int:
@@ -252,9 +259,9 @@ class ModelStates:
         records = self.state_format.records
         return StateFormat(header, records).nbytes([n_tokens] * len(records))
 
-    def _fill(self, blob: memoryview, header: bytes, sequence: Sequence) -> None:
+    def _fill(self, blob: memoryview, header: bytes, sequence: Sequence, first: int) -> None:
         state_format = StateFormat(header, self.state_format.records)
-        positions = [np.arange(len(sequence), dtype=np.int32)] * len(state_format.records)
+        positions = [np.arange(first, len(sequence), dtype=np.int32)] * len(state_format.records)
         place = _one_place(write_state(state_format, blob, positions))
         layers = range(len(self._record.k))
         if len(blob) < PARALLEL_BYTES:
@@ -262,24 +269,25 @@ class ModelStates:
             return
         half = len(layers) // 2
         with ThreadPoolExecutor(1) as other:  # copying needs no GIL
-            first = other.submit(self._fill_layers, blob, place, sequence, layers[:half])
+            beginning = other.submit(self._fill_layers, blob, place, sequence, layers[:half])
             self._fill_layers(blob, place, sequence, layers[half:])
-            first.result()
+            beginning.result()
 
     def _fill_layers(
         self, blob: memoryview, place: RecordPlace, sequence: Sequence, layers: range
     ) -> None:
-        n_tokens = len(sequence)
+        n_tokens = len(place.positions)
+        first = len(sequence) - n_tokens
         scratch = np.empty(n_tokens * max(self._v.n_values), self._v.storage)
         for layer in layers:
             target = self._k.rows(self._record.k[layer], blob, place.k[layer], n_tokens)
-            sequence.k(layer, out=self._k.shaped(target, layer))
+            sequence.k(layer, first, out=self._k.shaped(target, layer))
             target = self._v.rows(self._record.v[layer], blob, place.v[layer], n_tokens)
             if not self._record.is_transposed:
-                sequence.v(layer, out=self._v.shaped(target, layer))
+                sequence.v(layer, first, out=self._v.shaped(target, layer))
                 continue
             rows = scratch[: target.size].reshape(target.shape)
-            sequence.v(layer, out=self._v.shaped(rows, layer))
+            sequence.v(layer, first, out=self._v.shaped(rows, layer))
             words = target.reshape(-1, n_tokens).view(self._v.word)
             transpose(rows.view(self._v.word), words)
 
@@ -435,20 +443,25 @@ def _likely_head_dim(n_values: list[int]) -> int:
     return next((n for n in (128, 64, 32) if not any(each % n for each in n_values)), 1)
 
 
-def _order(positions: npt.NDArray[np.int32]) -> npt.NDArray[np.intp] | None:
-    """Return which cell each position has; None if they lie in order.
+def _rows_by_token(
+    positions: npt.NDArray[np.int32], begin: int, end: int
+) -> Callable[[int, int], slice | npt.NDArray[np.intp]]:
+    """Return what says in which cells some tokens lie, of a state of those from `begin` to `end`.
 
     Raises
     ------
     LlamaStateError
-        They are not 0, 1, 2, ...
+        It is not of these.
     """
-    expected = np.arange(len(positions), dtype=np.int32)
-    if (positions == expected).all():
-        return None
+    if len(positions) != end - begin:
+        raise LlamaStateError(f"the state holds {len(positions)} tokens, not {end - begin}")
+    expected = np.arange(begin, end, dtype=np.int32)
+    if np.array_equal(positions, expected):
+        return lambda first, last: slice(first - begin, last - begin)
     order = np.argsort(positions, kind="stable")
-    if (positions[order] != expected).any():
+    if not np.array_equal(positions[order], expected):
         raise LlamaStateError(
-            "the state's tokens are not at positions 0, 1, 2, ...: some were removed or moved"
+            f"the state's tokens are not at positions {begin} to {end - 1}: some were removed or "
+            "moved"
         )
-    return order
+    return lambda first, last: order[first - begin : last - begin]

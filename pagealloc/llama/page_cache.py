@@ -33,7 +33,7 @@ from pagealloc import ClosedError, LlamaStateError, OutOfMemoryError, PageallocE
 from pagealloc.llama.contexts import Context, proven_format
 from pagealloc.llama.kv_sources import KVSources
 from pagealloc.llama.model_identity import model_identity
-from pagealloc.llama.model_states import ModelStates, StoredAs, new_blob
+from pagealloc.llama.model_states import ModelStates, StoredAs, Taken, new_blob
 from pagealloc.llama.page_state import PageState
 from pagealloc.llama.state_blob import parse_state
 from pagealloc.llama.whole_states import WholeStates
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from pagealloc.kv import KVCache, Sequence
-    from pagealloc.llama.state_blob import StateFormat
+    from pagealloc.llama.state_blob import RecordPlace, StateFormat
 
 __all__ = ["Binding", "PageCache", "PageCacheStats"]
 
@@ -75,13 +75,17 @@ class PageCacheStats(NamedTuple):
 
 @dataclass
 class Binding:
-    """What a cache knows of a `Llama`; `name` is None where states are kept whole."""
+    """What a cache knows of a `Llama`; `name` is None where states are kept whole.
+
+    `takes_parts` says whether some of its tokens can be taken and given alone.
+    """
 
     identity: bytes
     name: str | None
     context: Context | None
     n_ctx: int
     context_header: bytes
+    takes_parts: bool = False
     is_attached: bool = False
 
     @property
@@ -228,6 +232,32 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         """Return a state that there was no memory for: who loads it is told."""
         return self._handle(binding, tokens, lost=reason)
 
+    def keep_present(self, binding: Binding, tokens: npt.NDArray[np.int32]) -> PageState:
+        """Keep the state that a `Llama` has; as `keep`, of rows that are not known only.
+
+        Raises
+        ------
+        LlamaStateError
+            llama.cpp gave none.
+        OutOfMemoryError
+            There is no memory to take it.
+        """
+        context, states = binding.context, self._states(binding)
+        assert context is not None
+        if states is not None and binding.takes_parts and context.has(len(tokens)):
+
+            def take(first: int) -> Taken:
+                begin = min(first, len(tokens) - 1)  # of none it could not be seen to be right
+                blob = memoryview(context.take_from(begin))
+                return Taken(begin, blob, self._places(states, blob, any_sequences=True))
+
+            with suppress(LlamaStateError, OutOfMemoryError):  # it may do as a whole
+                sequence = states.keep(tokens, take, self._make_room)
+                if len(sequence) == len(tokens):
+                    return self._handle(binding, tokens, rows=(states, sequence))
+                sequence.close()
+        return self.keep(binding, tokens, memoryview(context.take()), is_asked=False)
+
     def keep(
         self,
         binding: Binding,
@@ -259,21 +289,29 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         states = self._states(binding)
         if states is None:
             return self._keep_whole(binding, tokens, blob)
-        state_format, places = parse_state(blob)
+        places = self._places(states, blob)
+        if len({len(place.positions) for place in places}) > 1:  # a window's rows are not all there
+            return self._keep_whole(binding, tokens, blob)
+        try:
+            sequence = states.keep(tokens, lambda _: Taken(0, blob, places), self._make_room)
+        except OutOfMemoryError:  # with everything else evicted: the budget is for others
+            return self._handle(binding, tokens, whole=blob)
+        if len(sequence) < len(tokens):
+            sequence.close()
+            return self._handle(binding, tokens, whole=blob)
+        return self._handle(binding, tokens, rows=(states, sequence))
+
+    def _places(
+        self, states: ModelStates, blob: memoryview, *, any_sequences: bool = False
+    ) -> list[RecordPlace]:
+        """Return where the rows of a state lie."""
+        state_format, places = parse_state(blob, any_sequences=any_sequences)
         if state_format.records != states.state_format.records:
             raise LlamaStateError(
                 "the state is not of the form that this model's states had before: "
                 f"{state_format.records[0]!r:.200}"
             )
-        if len({len(place.positions) for place in places}) > 1:  # a window's rows are not all there
-            return self._keep_whole(binding, tokens, blob)
-        try:
-            sequence = states.keep(tokens, blob, places, self._make_room)
-        except OutOfMemoryError:  # with everything else evicted: the budget is for others
-            return self._handle(binding, tokens, whole=blob)
-        if len(sequence) < len(tokens):
-            return self._handle(binding, tokens, whole=blob)
-        return self._handle(binding, tokens, rows=(states, sequence))
+        return places
 
     def _keep_whole(
         self, binding: Binding, tokens: npt.NDArray[np.int32], blob: memoryview
@@ -506,9 +544,9 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
     def _new_binding(self, llm: Llama) -> Binding:
         context, identity = Context(llm), model_identity(llm)
         max_tokens = max(context.n_ctx, llm._model.n_ctx_train())
-        name = None
+        name, takes_parts = None, False
         try:
-            state_format = context.prove_format()
+            state_format, takes_parts = context.prove_format()
             name = self._name_of(identity, state_format, context.head_dim, max_tokens)
         except LlamaStateError as error:
             warnings.warn(
@@ -517,7 +555,9 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
                 RuntimeWarning,
                 stacklevel=4,
             )
-        return Binding(identity, name, context, context.n_ctx, context.context_header)
+        return Binding(
+            identity, name, context, context.n_ctx, context.context_header, takes_parts=takes_parts
+        )
 
     def _binding_of_nobody(self, blob: memoryview, n_ctx: int) -> Binding:
         state_format = proven_format(blob)

@@ -69,8 +69,13 @@ class PageState(LlamaState):  # type: ignore[misc]  # an untyped package's
         """The tokens alone."""
         return self.input_ids[: self.n_tokens]
 
-    def blob(self, header: bytes) -> Any:
-        """Return a buffer that llama.cpp reads, with this header.
+    @property
+    def has_rows(self) -> bool:
+        """Whether some of its tokens can be had alone."""
+        return self._rows is not None
+
+    def blob(self, header: bytes, first: int = 0) -> Any:
+        """Return a buffer that llama.cpp reads, with this header, of the tokens from `first` on.
 
         Raises
         ------
@@ -84,7 +89,7 @@ class PageState(LlamaState):  # type: ignore[misc]  # an untyped package's
         if self._rows is None:
             return self._whole
         states, sequence = self._rows
-        return states.blob(sequence, header)
+        return states.blob(sequence, header, first)
 
     # --- what `Llama.load_state` reads of a `LlamaState` --------------------------------------
 

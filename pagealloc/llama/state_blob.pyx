@@ -49,7 +49,8 @@ cdef enum:
     MAX_STREAMS = 256       # LLAMA_MAX_SEQ
     MAX_LAYERS = 4096
     MAX_NAME_BYTES = 128
-    CELL_BYTES = 12         # position, how many sequences, the sequence
+    CELL_BYTES = 8          # position, how many sequences; these follow, of 4 bytes each
+    CELL_BYTES_OF_ONE = 12
 
 _SEQUENCE_MAGIC = 0xAF143CD8
 
@@ -97,7 +98,7 @@ def record_bytes(record, n_cells):
     """Return the bytes of a record."""
     rows = sum(each.row_bytes for each in (*record.k, *record.v)) * n_cells
     n_kinds = len(record.k) + len(record.v)
-    return 4 + 4 * record.n_streams + CELL_BYTES * n_cells + 8 + 12 * n_kinds + rows
+    return 4 + 4 * record.n_streams + CELL_BYTES_OF_ONE * n_cells + 8 + 12 * n_kinds + rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -151,8 +152,8 @@ def parse_state(blob, *, any_sequences=False):
     blob : buffer
         All of it.
     any_sequences : bool
-        Take cells of several sequences, and of several streams: then there is a record, and a
-        place, for each stream that has some, and `write_state` cannot write it.
+        Take cells of several sequences or none, and of several streams: then there is a record,
+        and a place, for each stream that has some, and `write_state` cannot write it.
 
     Returns
     -------
@@ -222,7 +223,7 @@ cdef list read_record(_Reader reader, bint any_sequences):
 cdef object read_cells(_Reader reader, uint32_t n_cells, bint any_sequences):
     """Positions of the cells, each of which is of one sequence, or of any."""
     cdef int64_t i, at
-    cdef int32_t sequence, first = 0
+    cdef int32_t sequence = 0, first = 0
     cdef uint32_t n_sequences
     reader.at = reader.skip(CELL_BYTES * <int64_t>n_cells, "the cells")
     positions = numpy.empty(n_cells, numpy.int32)
@@ -231,17 +232,18 @@ cdef object read_cells(_Reader reader, uint32_t n_cells, bint any_sequences):
         at = reader.skip(CELL_BYTES, "a cell")
         memcpy(&target[i], &reader.blob[at], 4)
         memcpy(&n_sequences, &reader.blob[at + 4], 4)
-        memcpy(&sequence, &reader.blob[at + 8], 4)
+        at = reader.skip(4 * <int64_t>n_sequences, "a cell's sequences")
+        if n_sequences:
+            memcpy(&sequence, &reader.blob[at], 4)
         if i == 0:
             first = sequence
-        if target[i] < 0 or n_sequences < 1 or n_sequences > MAX_STREAMS or (
+        if target[i] < 0 or n_sequences > MAX_STREAMS or (
             not any_sequences and (n_sequences != 1 or sequence != first)
         ):
             raise LlamaStateError(
                 f"cell {i} of the state is at position {target[i]}, of {n_sequences} sequences: "
                 "one and the same for all is what can be taken apart"
             )
-        reader.skip(4 * (<int64_t>n_sequences - 1), "a cell's sequences")
     return positions
 
 
