@@ -170,12 +170,7 @@ class Side:
 
 
 def conversation_rows(notes: list[str], *, quick: bool, flash_attn: bool) -> list[Row]:
-    """Return the lines of eight conversations, each held twice.
-
-    Then each is asked for once more by a context that holds nothing, and the last is saved as if it
-    were new.  That is told below the table; as is what the text is without a cache, where other
-    tokens are computed together: those that a cache restores have been computed before the others.
-    """
+    """Return the lines of eight conversations, each held twice."""
     from llama_cpp import LlamaRAMCache
 
     from pagealloc.llama import PageCache
@@ -193,18 +188,7 @@ def conversation_rows(notes: list[str], *, quick: bool, flash_attn: bool) -> lis
         for i in range(n)
     ]
     bare = sides.pop(RECOMPUTED)
-    texts: dict[str, list[str]] = {name: [] for name in (*sides, RECOMPUTED, AT_ONCE)}
-    for visit in range(2):
-        for prompt in prompts:
-            for name, side in sides.items():
-                texts[name].append(side.answer(prompt))
-            for name, n_before in ((RECOMPUTED, sides["f16"].n_restored), (AT_ONCE, 0)):
-                bare.forget()
-                bare.llm.eval(prompt[:n_before])
-                texts[name].append(bare.answer(prompt))
-        for side in sides.values():
-            if visit == 0:
-                side.clear_times()  # of the shared beginning; the bar is about a revisit
+    texts = converse(sides, bare, prompts)
     held = {name: side.held_bytes() / MIB for name, side in sides.items()}
     n_differ = {
         name: {
@@ -242,26 +226,55 @@ def conversation_rows(notes: list[str], *, quick: bool, flash_attn: bool) -> lis
         )
     )
     notes.append(f"{how}: loads with memory that lay idle: {listed(medians, 'cold load')}")
+    notes += [f"{how}: {each}" for each in beside_the_table(sides, prompts)]
+    notes.append(
+        f"{how}: answers of {2 * n} that differ from those computed at one go: "
+        + ", ".join(f"{name} {each[AT_ONCE]}" for name, each in n_differ.items())
+    )
+    for side in (*sides.values(), bare):
+        side.llm.close()
+    return [*rows, logits_row(prompts, flash_attn=flash_attn)]
+
+
+def converse(sides: dict[str, Side], bare: Side, prompts: list[list[int]]) -> dict[str, list[str]]:
+    """Return the answers of all sides to all prompts, asked twice.
+
+    Without a cache the beginning that the others have is computed before the rest: together with
+    it some are other numbers, of other kernels.  These answers are returned as well.
+    """
+    texts: dict[str, list[str]] = {name: [] for name in (*sides, RECOMPUTED, AT_ONCE)}
+    for visit in range(2):
+        for prompt in prompts:
+            for name, side in sides.items():
+                texts[name].append(side.answer(prompt))
+            for name, n_before in ((RECOMPUTED, sides["f16"].n_restored), (AT_ONCE, 0)):
+                bare.forget()
+                bare.llm.eval(prompt[:n_before])
+                texts[name].append(bare.answer(prompt))
+        if visit == 0:
+            for side in sides.values():  # loads of the shared beginning; the bar is about a revisit
+                side.loads_ms.clear()
+                side.cold_loads_ms.clear()
+    return texts
+
+
+def beside_the_table(sides: dict[str, Side], prompts: list[list[int]]) -> list[str]:
+    """Return what loading and saving takes where nothing is there and nothing is known."""
     for prompt in prompts:
         for side in sides.values():
             side.forget()
             side.answer(prompt)
-    for side in sides.values():
+    for name, side in sides.items():
         side.saves_ms.clear()
         for _ in range(5):
-            if side.cache is not sides[RAM].cache:
+            if name != RAM:
                 side.cache.clear()
             side.llm.save_state()
     medians = {name: side.clear_times() for name, side in sides.items()}
-    notes += [
-        f"{how}: loads into a context that holds nothing: {listed(medians, 'load')}",
-        f"{how}: saves of a prompt of which nothing is known: {listed(medians, 'save')}",
-        f"{how}: answers of {2 * n} that differ from those computed at one go, not the last tokens "
-        f"alone: {RAM} {n_differ[RAM][AT_ONCE]}, f16 {n_differ['f16'][AT_ONCE]}",
+    return [
+        f"loads into a context that holds nothing: {listed(medians, 'load')}",
+        f"saves of a prompt of which nothing is known: {listed(medians, 'save')}",
     ]
-    for side in (*sides.values(), bare):
-        side.llm.close()
-    return [*rows, logits_row(prompts, flash_attn=flash_attn)]
 
 
 def listed(medians: dict[str, dict[str, float]], what: str) -> str:

@@ -87,13 +87,10 @@ def _save(llm: Llama, cache: PageCache, binding: Binding) -> PageState:
     if binding.context is None or not len(tokens):
         return cache.empty_state(binding)
     try:
-        state = cache.keep_present(binding, tokens)
+        return cache.keep_present(binding, tokens)
     except OutOfMemoryError as error:  # a completion has its answer by now, which must not be lost
         warnings.warn(f"a prompt is not cached: {error}", RuntimeWarning, stacklevel=3)
         return cache.lost_state(binding, tokens, str(error))
-    if llm._logits_all:
-        state.kept_scores = llm.scores[: llm.n_tokens].copy()
-    return state
 
 
 def _load(llm: Llama, binding: Binding, state: Any) -> None:
@@ -127,7 +124,7 @@ def _load(llm: Llama, binding: Binding, state: Any) -> None:
     if not state.is_found:
         llm._seed = state.seed
     if state.kept_scores is not None and llm._logits_all:
-        llm.scores[: state.n_tokens] = state.kept_scores
+        llm.scores[: state.n_tokens] = state.scores
 
 
 def _n_present(llm: Llama, binding: Binding, state: PageState) -> int:

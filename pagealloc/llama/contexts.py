@@ -279,7 +279,7 @@ def proven_format(blob: memoryview) -> StateFormat:
     return state_format
 
 
-def _written_again(blob: memoryview, header: bytes) -> bytearray:
+def _written_again(blob: memoryview, header: bytes) -> memoryview:
     """Return a blob of the same rows, whose cells are of one sequence."""
     state_format, places = parse_state(blob, any_sequences=True)
     state_format = StateFormat(header, state_format.records)
@@ -291,4 +291,4 @@ def _written_again(blob: memoryview, header: bytes) -> bytearray:
         for kind, at, to in zip(types, (*old.k, *old.v), (*new.k, *new.v), strict=True):
             n_bytes = kind.row_bytes * len(old.positions)
             again[to : to + n_bytes] = blob[at : at + n_bytes]
-    return again
+    return memoryview(again)

@@ -332,11 +332,6 @@ class ModelStates:
         """Let go of the block used longest ago, and of a tail; False if all are needed."""
         return bool(self.kv.trim()) | self.branches.evict() | self.kv.prefixes.evict()
 
-    def clear(self) -> None:
-        """Let go of all that nobody needs."""
-        while self.evict():
-            pass
-
     def _bytes_for(self, n_tokens: int) -> int:
         """Return how many bytes so many tokens more may take."""
         layout = self.kv.cold_layout

@@ -5,11 +5,14 @@ Purpose
 Structure
     ::
 
-        PageCache -- ModelStates   one each model and type of rows: KV blocks under a prefix index
-             |   `-- WholeStates   states that cannot be taken apart
-             `-- Binding           one each Llama: its identity, and what its states look like
+        PageCache -- HeldStates -- ModelStates   one each model and type of rows: KV blocks under
+             |            |                      a prefix index
+             |            |-- KeptScores         logits, for Llama(logits_all=True)
+             |            `-- WholeStates        states that cannot be taken apart
+             `-- Binding                         one each Llama: its identity, and what its states
+                                                 look like
 Locking
-    _lock guards the tables; rows are copied without it.
+    The lock of `HeldStates` guards the tables here, too; rows are copied without it.
 Units
     Bytes and tokens.
 """
@@ -17,42 +20,42 @@ Units
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 import weakref
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from llama_cpp import BaseLlamaCache, Llama
 
-from pagealloc import ClosedError, LlamaStateError, OutOfMemoryError, PageallocError
-from pagealloc.llama.contexts import Context, proven_format
+from pagealloc import LlamaStateError, OutOfMemoryError, PageallocError
+from pagealloc.llama.bindings import (
+    Binding,
+    asking_completion,
+    binding_of,
+    binding_of_nobody,
+    shows_all_scores,
+)
+from pagealloc.llama.held_states import HeldStates
+from pagealloc.llama.kept_scores import PromptScores
 from pagealloc.llama.kv_sources import KVSources
-from pagealloc.llama.model_identity import model_identity
-from pagealloc.llama.model_states import ModelStates, StoredAs, Taken, new_blob
+from pagealloc.llama.model_states import StoredAs, Taken, new_blob
 from pagealloc.llama.page_state import PageState
 from pagealloc.llama.state_blob import parse_state
-from pagealloc.llama.whole_states import WholeStates
 from pagealloc.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from typing import Self
 
     import numpy.typing as npt
 
-    from pagealloc.kv import KVCache, Sequence
-    from pagealloc.llama.state_blob import RecordPlace, StateFormat
+    from pagealloc.kv import Sequence
+    from pagealloc.llama.model_states import ModelStates
+    from pagealloc.llama.state_blob import RecordPlace
 
 __all__ = ["Binding", "PageCache", "PageCacheStats"]
-
-NOBODY = bytes(32)
-"""Identity of states that no `Llama` stands behind."""
 
 STORED_TYPES = {"f16": None, "q8_0": "q8_0", "q4_0": "q4_0"}
 
@@ -71,32 +74,6 @@ class PageCacheStats(NamedTuple):
     n_asked_tokens: int
     n_hit_tokens: int
     n_evicted_blocks: int
-
-
-@dataclass
-class Binding:
-    """What a cache knows of a `Llama`; `name` is None where states are kept whole.
-
-    `takes_parts` says whether some of its tokens can be taken and given alone.
-    """
-
-    identity: bytes
-    name: str | None
-    context: Context | None
-    n_ctx: int
-    context_header: bytes
-    takes_parts: bool = False
-    is_attached: bool = False
-
-    @property
-    def whole_identity(self) -> bytes:
-        """Identity of whole states, whose form depends on who makes them."""
-        return self.identity + (b"sequence" if self.is_attached else b"context")
-
-    @property
-    def seed(self) -> int:
-        """The seed of the `Llama`."""
-        return int(self.context.llm._seed) if self.context is not None else 0
 
 
 class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
@@ -153,19 +130,16 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         _owner: str | os.PathLike[str] | None = None,
     ) -> None:
         self.capacity_bytes = parse_bytes(budget, name="budget")
-        self._stored_as = _stored_as(k_type, v_type, rotate, quantize=quantize)
-        self._salt = salt
-        self._lock = threading.RLock()
+        stored_as = _stored_as(k_type, v_type, rotate, quantize=quantize)
         self._sources = KVSources(path, _owner)
-        self._models: dict[str, ModelStates] = {}
-        self._makers: dict[str, Callable[[], ModelStates]] = {}
+        self._held = HeldStates(self.capacity_bytes, stored_as, salt, self._sources)
+        self._lock = self._held.lock
         self._bindings: weakref.WeakKeyDictionary[Llama, Binding] = weakref.WeakKeyDictionary()
         self._nobody: Binding | None = None
-        self._whole = WholeStates(_salt_key(salt))
         self._n_lookups = self._n_hits = self._n_asked_tokens = self._n_hit_tokens = 0
         self._closed = False
         if path is not None:
-            self._at_exit = weakref.finalize(self, _save_at_exit, self._sources, self._models)
+            self._at_exit = weakref.finalize(self, _save_at_exit, self._sources, self._held)
 
     # --- what llama-cpp-python calls ----------------------------------------------------------
 
@@ -175,16 +149,14 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
     @property
     def cache_size(self) -> int:
         """Bytes held: of pages, and of whole states."""
-        with self._lock:
-            held = sum(states.nbytes for states in self._models.values())
-            return held + self._whole.nbytes
+        return self._held.nbytes
 
     def __contains__(self, key: object) -> bool:
         return self._find(self._caller(), _token_array(key)) is not None
 
     def __getitem__(self, key: Iterable[int]) -> PageState:
         binding, tokens = self._caller(), _token_array(key)
-        state = self._find(binding, tokens)
+        state = self._find(binding, tokens, with_scores=shows_all_scores(asking_completion()))
         with self._lock:
             self._n_lookups += 1
             self._n_asked_tokens += len(tokens)
@@ -203,8 +175,11 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
             return
         blob = _aligned(value.llama_state)
         binding = self._caller(blob, n_ctx=len(value.input_ids))
-        if binding is not None:
-            self.keep(binding, tokens, blob, is_asked=binding is self._nobody)
+        if binding is None:
+            return
+        self.keep(binding, tokens, blob, is_asked=binding is self._nobody)
+        if shows_all_scores(asking_completion()):
+            self._keep_scores(binding, tokens, value.scores)
 
     # --- what `attach` calls ------------------------------------------------------------------
 
@@ -221,7 +196,7 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         with self._lock:
             known = self._bindings.get(llm)
             if known is None:
-                known = self._bindings[llm] = self._new_binding(llm)
+                known = self._bindings[llm] = binding_of(llm, self._held)
             return known
 
     def empty_state(self, binding: Binding) -> PageState:
@@ -233,7 +208,10 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         return self._handle(binding, tokens, lost=reason)
 
     def keep_present(self, binding: Binding, tokens: npt.NDArray[np.int32]) -> PageState:
-        """Keep the state that a `Llama` has; as `keep`, of rows that are not known only.
+        """Keep the state that a `Llama` has; as `keep`, but only rows that are not known are taken.
+
+        Logits of all tokens, if it has them, are kept for a completion that shows them: others
+        like it will ask.  A program that saves a state has its own copy.
 
         Raises
         ------
@@ -242,6 +220,16 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         OutOfMemoryError
             There is no memory to take it.
         """
+        state, completion = self._keep_present(binding, tokens), asking_completion()
+        if binding.n_scores and binding.context is not None:
+            scores = binding.context.llm.scores[: len(tokens)]
+            if completion is None:
+                state.kept_scores = PromptScores(None, scores.copy())
+            elif shows_all_scores(completion):
+                state.kept_scores = self._keep_scores(binding, tokens, scores)
+        return state
+
+    def _keep_present(self, binding: Binding, tokens: npt.NDArray[np.int32]) -> PageState:
         context, states = binding.context, self._states(binding)
         assert context is not None
         if states is not None and binding.takes_parts and context.has(len(tokens)):
@@ -252,7 +240,7 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
                 return Taken(begin, blob, self._places(states, blob, any_sequences=True))
 
             with suppress(LlamaStateError, OutOfMemoryError):  # it may do as a whole
-                sequence = states.keep(tokens, take, self._make_room)
+                sequence = states.keep(tokens, take, self._held.make_room)
                 if len(sequence) == len(tokens):
                     return self._handle(binding, tokens, rows=(states, sequence))
                 sequence.close()
@@ -293,7 +281,7 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         if len({len(place.positions) for place in places}) > 1:  # a window's rows are not all there
             return self._keep_whole(binding, tokens, blob)
         try:
-            sequence = states.keep(tokens, lambda _: Taken(0, blob, places), self._make_room)
+            sequence = states.keep(tokens, lambda _: Taken(0, blob, places), self._held.make_room)
         except OutOfMemoryError:  # with everything else evicted: the budget is for others
             return self._handle(binding, tokens, whole=blob)
         if len(sequence) < len(tokens):
@@ -317,10 +305,19 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         self, binding: Binding, tokens: npt.NDArray[np.int32], blob: memoryview
     ) -> PageState:
         with self._lock:
-            self._make_room(len(blob))
+            self._held.make_room(len(blob))
             if self.cache_size + len(blob) <= self.capacity_bytes:
-                self._whole.keep(binding.whole_identity, tokens, blob)
+                self._held.whole.keep(binding.whole_identity, tokens, blob)
         return self._handle(binding, tokens, whole=blob)
+
+    def _keep_scores(
+        self, binding: Binding, tokens: npt.NDArray[np.int32], scores: npt.NDArray[np.float32]
+    ) -> PromptScores | None:
+        """Keep the logits of a prompt, if there are those of all of its tokens."""
+        if not binding.n_scores or scores.shape[1:] != (binding.n_scores,):
+            return None
+        store = self._held.scores(binding.identity, binding.n_scores, binding.max_tokens)
+        return store.keep(tokens, scores[: len(tokens)], self._held.make_room)
 
     # --- for its owner ------------------------------------------------------------------------
 
@@ -333,39 +330,35 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
             How many of its tokens are cached, and will stay: 0 if it was not computed yet.
         """
         tokens = _token_array(token_ids).tolist()
-        return max((states.kv.prefixes.pin(tokens) for states in self._all_models()), default=0)
+        return max((store.kv.prefixes.pin(tokens) for store in self._held.stores), default=0)
 
     def unpin(self, token_ids: Iterable[int]) -> int:
         """Take the pins of a prompt and of its beginnings back; return how many there were."""
         tokens = _token_array(token_ids).tolist()
-        return sum(states.kv.prefixes.unpin(tokens) for states in self._all_models())
+        return sum(store.kv.prefixes.unpin(tokens) for store in self._held.stores)
 
     def clear(self) -> None:
         """Forget all prompts but pinned ones, and give their memory back."""
-        for states in self._all_models():
-            states.clear()
-        with self._lock:
-            while self._whole.evict():
-                pass
+        self._held.clear()
 
     def trim(self) -> int:
         """Give back what is kept warm for the next prompt; return the bytes that went.
 
         It goes by itself after half a second.
         """
-        return sum(states.kv.trim() for states in self._all_models())
+        return sum(store.kv.trim() for store in self._held.stores)
 
     def stats(self) -> PageCacheStats:
         """Return its numbers."""
         with self._lock:
-            prefixes = [states.kv.prefixes.stats() for states in self._models.values()]
+            prefixes = [store.kv.prefixes.stats() for store in self._held.stores]
             return PageCacheStats(
                 held_bytes=self.cache_size,
                 budget_bytes=self.capacity_bytes,
-                n_models=len(self._models),
+                n_models=len(self._held.models),
                 n_blocks=sum(each.n_blocks for each in prefixes),
                 n_pinned_blocks=sum(each.n_pinned_blocks for each in prefixes),
-                n_whole_states=len(self._whole),
+                n_whole_states=len(self._held.whole),
                 n_lookups=self._n_lookups,
                 n_hits=self._n_hits,
                 n_asked_tokens=self._n_asked_tokens,
@@ -375,8 +368,8 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
 
     def check(self) -> None:
         """Raise InvariantError if what the modules say must hold does not."""
-        for states in self._all_models():
-            states.kv.check()
+        for store in self._held.stores:
+            store.kv.check()
 
     def save(self) -> int:
         """Write all blocks to the files in `path`; return how many.
@@ -388,7 +381,7 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         OSError
             They cannot be written; what was there is there.
         """
-        return self._sources.save(self._caches())
+        return self._sources.save(self._held.caches)
 
     def serve(self, folder: str | os.PathLike[str]) -> None:
         """Let other processes of this user find prompts here: ``PageCache.attach(folder)``.
@@ -404,7 +397,7 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
             There can be no socket, others may open the folder, or another process serves there.
         """
         with self._lock:
-            self._sources.serve(folder, self._caches())
+            self._sources.serve(folder, self._held.caches)
 
     @classmethod
     def attach(
@@ -441,13 +434,9 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
             if self._sources.path is not None and not self._closed:
                 self.save()
                 self._at_exit.detach()
-            for name in list(self._models):
-                self._models[name].kv.close()
-                del self._models[name]
+            self._held.close()
             self._closed = True
             self._bindings.clear()
-            while self._whole.evict():
-                pass
 
     def __enter__(self) -> Self:
         return self
@@ -464,22 +453,51 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
 
     # --- finding and keeping ------------------------------------------------------------------
 
-    def _find(self, binding: Binding | None, tokens: npt.NDArray[np.int32]) -> PageState | None:
+    def _find(
+        self,
+        binding: Binding | None,
+        tokens: npt.NDArray[np.int32],
+        *,
+        with_scores: bool = False,
+    ) -> PageState | None:
         if binding is None or not len(tokens):
             return None
         states, sequence = self._states(binding), None
         if states is not None:
             with suppress(OutOfMemoryError):  # there is none to map it: it can be computed
                 sequence = states.find(tokens)
+        if with_scores and binding.n_scores:
+            return self._find_with_scores(binding, tokens, states, sequence)
         n_found = 0 if sequence is None else len(sequence)
         with self._lock:
-            whole = self._whole.find(binding.whole_identity, tokens)
+            whole = self._held.whole.find(binding.whole_identity, tokens)
         if whole is not None and whole.n_tokens > n_found:
             blob = memoryview(whole.blob)
             return self._handle(binding, tokens[: whole.n_tokens], whole=blob, is_found=True)
         if states is None or sequence is None:
             return None
         return self._handle(binding, tokens[:n_found], rows=(states, sequence), is_found=True)
+
+    def _find_with_scores(
+        self,
+        binding: Binding,
+        tokens: npt.NDArray[np.int32],
+        states: ModelStates | None,
+        sequence: Sequence | None,
+    ) -> PageState | None:
+        """Return what was found as far as its logits are there: who asks may show all of them."""
+        if states is None or sequence is None:
+            return None
+        store = self._held.scores(binding.identity, binding.n_scores, binding.max_tokens)
+        scores = store.find(tokens[: len(sequence)])
+        if scores is None:
+            sequence.close()
+            return None
+        sequence.truncate(scores.n_tokens)
+        found = tokens[: scores.n_tokens]
+        state = self._handle(binding, found, rows=(states, sequence), is_found=True)
+        state.kept_scores = scores
+        return state
 
     def _handle(
         self,
@@ -503,29 +521,6 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
             lost=lost,
         )
 
-    def _make_room(self, nbytes: int) -> None:
-        """Let go of what was used longest ago, until so many bytes fit into the budget."""
-        with self._lock:
-            while self.cache_size + nbytes > self.capacity_bytes and self._evict():
-                pass
-
-    def _evict(self) -> bool:
-        """Let go of a whole state, or a block of the model used longest ago."""
-        if self._whole.evict():
-            return True
-        models = sorted(self._models.values(), key=lambda states: states.last_use)
-        return any(states.evict() for states in models)
-
-    # --- models -------------------------------------------------------------------------------
-
-    def _caches(self) -> dict[str, KVCache]:
-        with self._lock:
-            return {name: states.kv for name, states in self._models.items()}
-
-    def _all_models(self) -> list[ModelStates]:
-        with self._lock:
-            return list(self._models.values())
-
     def _caller(self, blob: memoryview | None = None, n_ctx: int = 0) -> Binding | None:
         """Return what is known of the `Llama` whose method is asking.
 
@@ -538,67 +533,14 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
             return self.binding(llm)
         with self._lock:
             if self._nobody is None and blob is not None:
-                self._nobody = self._binding_of_nobody(blob, n_ctx)
+                self._nobody = binding_of_nobody(blob, n_ctx, self._held)
             return self._nobody
-
-    def _new_binding(self, llm: Llama) -> Binding:
-        context, identity = Context(llm), model_identity(llm)
-        max_tokens = max(context.n_ctx, llm._model.n_ctx_train())
-        name, takes_parts = None, False
-        try:
-            state_format, takes_parts = context.prove_format()
-            name = self._name_of(identity, state_format, context.head_dim, max_tokens)
-        except LlamaStateError as error:
-            warnings.warn(
-                f"states of {llm.model_path} are kept whole, and found only by prompts that begin "
-                f"with all of their tokens: {error}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        return Binding(
-            identity, name, context, context.n_ctx, context.context_header, takes_parts=takes_parts
-        )
-
-    def _binding_of_nobody(self, blob: memoryview, n_ctx: int) -> Binding:
-        state_format = proven_format(blob)
-        name = self._name_of(NOBODY, state_format, 0, n_ctx)
-        return Binding(NOBODY, name, None, n_ctx, state_format.header)
-
-    def _name_of(
-        self, identity: bytes, state_format: StateFormat, head_dim: int, max_tokens: int
-    ) -> str:
-        """Return the name of what there is of a model, which is made if it is new."""
-        if self._closed:
-            raise ClosedError("the cache is closed")
-        rows = repr(state_format.records).encode()
-        name = blake2b(identity + rows, digest_size=16, key=_salt_key(self._salt)).hexdigest()
-        if name not in self._models:
-            self._makers[name] = partial(
-                ModelStates,
-                state_format,
-                identity,
-                self._stored_as,
-                partial(self._sources.new, name),
-                head_dim=head_dim,
-                max_tokens=max_tokens,
-                budget_bytes=self.capacity_bytes,
-                salt=self._salt,
-            )
-            self._models[name] = self._makers[name]()
-        return name
 
     def _states(self, binding: Binding) -> ModelStates | None:
         """Return what there is of a model; None where states are kept whole."""
         if binding.name is None:
             return None
-        with self._lock:
-            states = self._models.get(binding.name)
-            if states is None:
-                raise ClosedError("the cache is closed")
-            if self._sources.may_join(binding.name) and states.is_empty:
-                states.kv.close()  # it was there before its owner
-                states = self._models[binding.name] = self._makers[binding.name]()
-            return states
+        return self._held.states(binding.name)
 
 
 def _aligned(state: bytes) -> memoryview:
@@ -615,13 +557,9 @@ def _token_array(token_ids: Any) -> npt.NDArray[np.int32]:
     return np.asarray(token_ids, np.int32)
 
 
-def _salt_key(salt: str | bytes | None) -> bytes:
-    return blake2b(salt.encode() if isinstance(salt, str) else salt or b"").digest()
-
-
-def _save_at_exit(sources: KVSources, models: dict[str, ModelStates]) -> None:
+def _save_at_exit(sources: KVSources, held: HeldStates) -> None:
     try:
-        sources.save({name: states.kv for name, states in models.items()})
+        sources.save(held.caches)
     except (OSError, PageallocError) as error:
         warnings.warn(f"prompts are not saved: {error}", RuntimeWarning, stacklevel=1)
 

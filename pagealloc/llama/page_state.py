@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from pagealloc.kv import Sequence
+    from pagealloc.llama.kept_scores import PromptScores
     from pagealloc.llama.model_states import ModelStates
 
 __all__ = ["PageState"]
@@ -58,7 +59,7 @@ class PageState(LlamaState):  # type: ignore[misc]  # an untyped package's
         self.input_ids[: len(tokens)] = tokens
         self.seed = seed
         self.is_found = is_found
-        self.kept_scores: npt.NDArray[np.float32] | None = None
+        self.kept_scores: PromptScores | None = None
         self._rows = rows
         self._whole = whole
         self._lost = lost
@@ -110,4 +111,4 @@ class PageState(LlamaState):  # type: ignore[misc]  # an untyped package's
         """Logits of the tokens; a row of zeros for all of them where nobody needs them."""
         if self.kept_scores is None:
             return np.zeros((1, 1), np.float32)
-        return self.kept_scores
+        return self.kept_scores.array()

@@ -191,6 +191,7 @@ class TestStates:
         llm.scores[:20] = 0
         llm.load_state(state)
         assert np.array_equal(llm.scores[:20], scores)
+        assert np.array_equal(state.scores, scores)
 
     def test_a_state_of_another_model_is_refused(self, make, cache, other_path):
         llm, other = make(), make(other_path)
@@ -288,7 +289,7 @@ class TestQuantised:
                 attach(llm, cache)
                 llm.eval(token_ids(400))
                 llm.save_state()
-                cache._all_models()[0].kv.trim()
+                cache.trim()
                 held[quantize] = cache.cache_size
         assert held[True] <= 0.5 * held[False]  # in whole pages; 0.41 in bytes
 
