@@ -41,12 +41,15 @@ static inline void pagealloc_transpose_16(
     int64_t whole_rows = n_rows - n_rows % 8, whole_columns = n_columns - n_columns % 8;
     for (int64_t first = 0; first < whole_rows; first += 32) { /* a cache line of each target row */
         int64_t last = first + 32 < whole_rows ? first + 32 : whole_rows;
-        for (int64_t column = 0; column < whole_columns; column += 8)
+        for (int64_t column = 0; column < whole_columns; column += 8) {
+            for (int64_t i = column; i < column + 8; i++) /* more streams than hardware follows */
+                __builtin_prefetch(target + i * target_stride + last, 1);
             for (int64_t row = first; row < last; row += 8)
                 pagealloc_transpose_8x8(
                     target + column * target_stride + row, target_stride,
                     source + row * source_stride + column, source_stride
                 );
+        }
     }
     for (int64_t row = 0; row < n_rows; row++)
         for (int64_t column = row < whole_rows ? whole_columns : 0; column < n_columns; column++)
