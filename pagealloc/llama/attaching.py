@@ -85,12 +85,12 @@ def _alive(owner: weakref.ref[Llama]) -> Llama:
 def _save(llm: Llama, cache: PageCache, binding: Binding) -> PageState:
     tokens = np.array(llm.input_ids[: llm.n_tokens], np.int32)
     if binding.context is None or not len(tokens):
-        return cache.empty_state(binding)
+        return cache._prompts.empty(binding)
     try:
-        return cache.keep_present(binding, tokens)
+        return cache._prompts.keep_present(binding, tokens)
     except OutOfMemoryError as error:  # a completion has its answer by now, which must not be lost
         warnings.warn(f"a prompt is not cached: {error}", RuntimeWarning, stacklevel=3)
-        return cache.lost_state(binding, tokens, str(error))
+        return cache._prompts.lost(binding, tokens, str(error))
 
 
 def _load(llm: Llama, binding: Binding, state: Any) -> None:

@@ -23,8 +23,8 @@ import llama_cpp
 import numpy as np
 
 from pagealloc import LlamaStateError, default_allocator, page_size_bytes
-from pagealloc.llama.model_states import PLAIN_TYPES
 from pagealloc.llama.state_blob import parse_state
+from pagealloc.llama.state_rows import PLAIN_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pagealloc import LlamaStateError, OutOfMemoryError, default_allocator
+from pagealloc import OutOfMemoryError, default_allocator
 from pagealloc.kv import KVLayout
 from pagealloc.llama.branches import Branches
 from pagealloc.llama.state_blob import RecordPlace, StateFormat, transpose, write_state
+from pagealloc.llama.state_rows import RowKind, one_place, one_record, rows_by_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from pagealloc.kv import KVCache, Sequence
-    from pagealloc.llama.state_blob import LayerType, RecordFormat
 
 __all__ = ["ModelStates", "StoredAs", "Taken", "new_blob"]
 
@@ -45,9 +45,6 @@ BLOCK_TOKENS = 16
 ROW_ALIGN = 4
 PARALLEL_BYTES = 4 << 20
 """A blob from here on is filled by two threads: beside copying, starting one counts for nothing."""
-
-PLAIN_TYPES = {0: ("float32", 4), 1: ("float16", 2), 30: ("bfloat16", 2)}
-"""ggml's types whose values lie one by one; rows of all others are kept as the words they are."""
 
 
 class StoredAs(NamedTuple):
@@ -120,9 +117,9 @@ class ModelStates:
     ) -> None:
         self.state_format = state_format
         self.last_use = 0.0
-        record = self._record = _one_record(state_format.records)
-        self._k = _Kind.of(record.k, head_dim)
-        self._v = _Kind.of(record.v, head_dim)
+        record = self._record = one_record(state_format.records)
+        self._k = RowKind.of(record.k, head_dim)
+        self._v = RowKind.of(record.v, head_dim)
         layout = KVLayout(
             n_layers=len(record.k),
             n_kv_heads=self._k.n_heads,
@@ -174,8 +171,8 @@ class ModelStates:
         try:
             first = sequence.n_cached
             begin, blob, places = take(first)
-            place = _one_place(places)
-            rows_of = _rows_by_token(place.positions, begin, n_tokens)
+            place = one_place(places)
+            rows_of = rows_by_token(place.positions, begin, n_tokens)
             make_room(self._bytes_for(n_kept - first))
             if first < n_kept:
                 for layer, k, v in self._rows(blob, place, rows_of(first, n_kept)):
@@ -262,7 +259,7 @@ class ModelStates:
     def _fill(self, blob: memoryview, header: bytes, sequence: Sequence, first: int) -> None:
         state_format = StateFormat(header, self.state_format.records)
         positions = [np.arange(first, len(sequence), dtype=np.int32)] * len(state_format.records)
-        place = _one_place(write_state(state_format, blob, positions))
+        place = one_place(write_state(state_format, blob, positions))
         layers = range(len(self._record.k))
         if len(blob) < PARALLEL_BYTES:
             self._fill_layers(blob, place, sequence, layers)
@@ -344,119 +341,7 @@ class ModelStates:
         return self.kv.sequence(tokens)
 
 
-class _Kind:
-    """What the K or V rows of all layers are."""
-
-    def __init__(self, dtype: str, word: type[np.generic], rows: tuple[LayerType, ...]) -> None:
-        self.dtype = dtype
-        self.word = word
-        self.storage = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-        self.n_values = [row.row_bytes // self.storage.itemsize for row in rows]
-        self.n_heads = [1] * len(rows)
-        self.head_dims = self.n_values
-        self.is_plain = True
-
-    @classmethod
-    def of(cls, rows: tuple[LayerType, ...], head_dim: int) -> _Kind:
-        types = {row.ggml_type for row in rows}
-        if len(types) > 1:
-            raise LlamaStateError(f"the layers' rows are of several types: {sorted(types)}")
-        dtype, value_bytes = PLAIN_TYPES.get(rows[0].ggml_type, ("float16", 2))
-        if any(row.row_bytes % value_bytes for row in rows):
-            raise LlamaStateError("rows of an odd number of bytes")
-        kind = cls(dtype, np.uint32 if value_bytes == 4 else np.uint16, rows)
-        kind.is_plain = rows[0].ggml_type in PLAIN_TYPES
-        head_dim = head_dim or _likely_head_dim(kind.n_values)
-        if kind.is_plain and not any(n % head_dim for n in kind.n_values):
-            kind.n_heads = [n // head_dim for n in kind.n_values]
-            kind.head_dims = [head_dim] * len(rows)
-        return kind
-
-    def dims_for(self, n_heads: list[int]) -> list[int]:
-        """Return the values of a head of each layer, if there are so many."""
-        if any(n % heads for n, heads in zip(self.n_values, n_heads, strict=True)):
-            raise LlamaStateError("V rows do not divide into as many heads as K rows")
-        self.n_heads = n_heads
-        self.head_dims = [n // heads for n, heads in zip(self.n_values, n_heads, strict=True)]
-        return self.head_dims
-
-    def rows(
-        self, kind: LayerType, blob: memoryview, offset: int, n_tokens: int
-    ) -> npt.NDArray[Any]:
-        """Return a layer's rows in a blob: an array (T, values); by channel if transposed."""
-        n_values = kind.row_bytes // self.storage.itemsize
-        flat = np.frombuffer(blob, self.storage, n_tokens * n_values, offset)
-        rows: npt.NDArray[Any] = flat.reshape(n_tokens, n_values)
-        return rows
-
-    def shaped(self, rows: npt.NDArray[Any], layer: int) -> npt.NDArray[Any]:
-        """Return rows by head."""
-        return rows.reshape(len(rows), self.n_heads[layer], self.head_dims[layer])
-
-
-def _one_record(records: tuple[RecordFormat, ...]) -> RecordFormat:
-    """Return the layers of all records as those of one.
-
-    A model with a sliding window has two: of the layers that see all, and of those that see the
-    window.  Of a prompt that fits into the window both have the same cells.
-    """
-    first = records[0]
-    if any(each.is_transposed != first.is_transposed for each in records):
-        raise LlamaStateError("V is transposed in some layers only")
-    return first._replace(
-        k=tuple(kind for each in records for kind in each.k),
-        v=tuple(kind for each in records for kind in each.v),
-    )
-
-
-def _one_place(places: list[RecordPlace]) -> RecordPlace:
-    """Return where the rows of all records lie, as those of one.
-
-    Raises
-    ------
-    LlamaStateError
-        They are of different tokens.
-    """
-    first = places[0]
-    if any(not np.array_equal(each.positions, first.positions) for each in places):
-        raise LlamaStateError("the state's records are of different tokens")
-    return RecordPlace(
-        first.positions,
-        [at for each in places for at in each.k],
-        [at for each in places for at in each.v],
-    )
-
-
 def new_blob(header: bytes, n_bytes: int) -> memoryview:
     """Return memory for a blob, in which what comes behind the header is aligned for any row."""
     pad = -len(header) % ROW_ALIGN
     return memoryview(default_allocator().alloc(pad + n_bytes, prefault=True))[pad:]
-
-
-def _likely_head_dim(n_values: list[int]) -> int:
-    """Return the largest power of two, of those that heads have, that all rows divide into."""
-    return next((n for n in (128, 64, 32) if not any(each % n for each in n_values)), 1)
-
-
-def _rows_by_token(
-    positions: npt.NDArray[np.int32], begin: int, end: int
-) -> Callable[[int, int], slice | npt.NDArray[np.intp]]:
-    """Return what says in which cells some tokens lie, of a state of those from `begin` to `end`.
-
-    Raises
-    ------
-    LlamaStateError
-        It is not of these.
-    """
-    if len(positions) != end - begin:
-        raise LlamaStateError(f"the state holds {len(positions)} tokens, not {end - begin}")
-    expected = np.arange(begin, end, dtype=np.int32)
-    if np.array_equal(positions, expected):
-        return lambda first, last: slice(first - begin, last - begin)
-    order = np.argsort(positions, kind="stable")
-    if not np.array_equal(positions[order], expected):
-        raise LlamaStateError(
-            f"the state's tokens are not at positions {begin} to {end - 1}: some were removed or "
-            "moved"
-        )
-    return lambda first, last: order[first - begin : last - begin]

@@ -22,13 +22,12 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from llama_cpp import BaseLlamaCache, Llama
 
-from pagealloc import LlamaStateError, OutOfMemoryError, PageallocError
+from pagealloc import LlamaStateError, PageallocError
 from pagealloc.llama.bindings import (
     Binding,
     asking_completion,
@@ -37,11 +36,10 @@ from pagealloc.llama.bindings import (
     shows_all_scores,
 )
 from pagealloc.llama.held_states import HeldStates
-from pagealloc.llama.kept_scores import PromptScores
 from pagealloc.llama.kv_sources import KVSources
-from pagealloc.llama.model_states import StoredAs, Taken, new_blob
+from pagealloc.llama.model_states import StoredAs, new_blob
 from pagealloc.llama.page_state import PageState
-from pagealloc.llama.state_blob import parse_state
+from pagealloc.llama.prompts import Prompts
 from pagealloc.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -51,9 +49,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from pagealloc.kv import Sequence
-    from pagealloc.llama.model_states import ModelStates
-    from pagealloc.llama.state_blob import RecordPlace
 
 __all__ = ["Binding", "PageCache", "PageCacheStats"]
 
@@ -134,6 +129,7 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         self._sources = KVSources(path, _owner)
         self._held = HeldStates(self.capacity_bytes, stored_as, salt, self._sources)
         self._lock = self._held.lock
+        self._prompts = Prompts(self._held)
         self._bindings: weakref.WeakKeyDictionary[Llama, Binding] = weakref.WeakKeyDictionary()
         self._nobody: Binding | None = None
         self._n_lookups = self._n_hits = self._n_asked_tokens = self._n_hit_tokens = 0
@@ -152,11 +148,13 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         return self._held.nbytes
 
     def __contains__(self, key: object) -> bool:
-        return self._find(self._caller(), _token_array(key)) is not None
+        return self._prompts.find(self._caller(), _token_array(key)) is not None
 
     def __getitem__(self, key: Iterable[int]) -> PageState:
         binding, tokens = self._caller(), _token_array(key)
-        state = self._find(binding, tokens, with_scores=shows_all_scores(asking_completion()))
+        state = self._prompts.find(
+            binding, tokens, with_scores=shows_all_scores(asking_completion())
+        )
         with self._lock:
             self._n_lookups += 1
             self._n_asked_tokens += len(tokens)
@@ -177,9 +175,9 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
         binding = self._caller(blob, n_ctx=len(value.input_ids))
         if binding is None:
             return
-        self.keep(binding, tokens, blob, is_asked=binding is self._nobody)
+        self._prompts.keep(binding, tokens, blob, is_asked=binding is self._nobody)
         if shows_all_scores(asking_completion()):
-            self._keep_scores(binding, tokens, value.scores)
+            self._prompts.keep_scores(binding, tokens, value.scores)
 
     # --- what `attach` calls ------------------------------------------------------------------
 
@@ -198,126 +196,6 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
             if known is None:
                 known = self._bindings[llm] = binding_of(llm, self._held)
             return known
-
-    def empty_state(self, binding: Binding) -> PageState:
-        """Return the state of a `Llama` that has no tokens."""
-        return self._handle(binding, _token_array([]), whole=memoryview(b""))
-
-    def lost_state(self, binding: Binding, tokens: npt.NDArray[np.int32], reason: str) -> PageState:
-        """Return a state that there was no memory for: who loads it is told."""
-        return self._handle(binding, tokens, lost=reason)
-
-    def keep_present(self, binding: Binding, tokens: npt.NDArray[np.int32]) -> PageState:
-        """Keep the state that a `Llama` has; as `keep`, but only rows that are not known are taken.
-
-        Logits of all tokens, if it has them, are kept for a completion that shows them: others
-        like it will ask.  A program that saves a state has its own copy.
-
-        Raises
-        ------
-        LlamaStateError
-            llama.cpp gave none.
-        OutOfMemoryError
-            There is no memory to take it.
-        """
-        state, completion = self._keep_present(binding, tokens), asking_completion()
-        if binding.n_scores and binding.context is not None:
-            scores = binding.context.llm.scores[: len(tokens)]
-            if completion is None:
-                state.kept_scores = PromptScores(None, scores.copy())
-            elif shows_all_scores(completion):
-                state.kept_scores = self._keep_scores(binding, tokens, scores)
-        return state
-
-    def _keep_present(self, binding: Binding, tokens: npt.NDArray[np.int32]) -> PageState:
-        context, states = binding.context, self._states(binding)
-        assert context is not None
-        if states is not None and binding.takes_parts and context.has(len(tokens)):
-
-            def take(first: int) -> Taken:
-                begin = min(first, len(tokens) - 1)  # of none it could not be seen to be right
-                blob = memoryview(context.take_from(begin))
-                return Taken(begin, blob, self._places(states, blob, any_sequences=True))
-
-            with suppress(LlamaStateError, OutOfMemoryError):  # it may do as a whole
-                sequence = states.keep(tokens, take, self._held.make_room)
-                if len(sequence) == len(tokens):
-                    return self._handle(binding, tokens, rows=(states, sequence))
-                sequence.close()
-        return self.keep(binding, tokens, memoryview(context.take()), is_asked=False)
-
-    def keep(
-        self,
-        binding: Binding,
-        tokens: npt.NDArray[np.int32],
-        blob: memoryview,
-        *,
-        is_asked: bool = True,
-    ) -> PageState:
-        """Keep a state, and return a handle that restores all of its tokens.
-
-        What the budget cannot hold is not kept; the handle has it all the same.  So it is with a
-        state that cannot be taken apart, which, unless somebody asked for just this, is a warning:
-        a completion has its answer by then.
-
-        Raises
-        ------
-        LlamaStateError
-            The state is malformed, or not of these tokens.
-        """
-        try:
-            return self._keep(binding, tokens, blob)
-        except LlamaStateError as error:
-            if is_asked:
-                raise
-            warnings.warn(f"a prompt is not cached: {error}", RuntimeWarning, stacklevel=4)
-            return self._handle(binding, tokens, whole=blob)
-
-    def _keep(self, binding: Binding, tokens: npt.NDArray[np.int32], blob: memoryview) -> PageState:
-        states = self._states(binding)
-        if states is None:
-            return self._keep_whole(binding, tokens, blob)
-        places = self._places(states, blob)
-        if len({len(place.positions) for place in places}) > 1:  # a window's rows are not all there
-            return self._keep_whole(binding, tokens, blob)
-        try:
-            sequence = states.keep(tokens, lambda _: Taken(0, blob, places), self._held.make_room)
-        except OutOfMemoryError:  # with everything else evicted: the budget is for others
-            return self._handle(binding, tokens, whole=blob)
-        if len(sequence) < len(tokens):
-            sequence.close()
-            return self._handle(binding, tokens, whole=blob)
-        return self._handle(binding, tokens, rows=(states, sequence))
-
-    def _places(
-        self, states: ModelStates, blob: memoryview, *, any_sequences: bool = False
-    ) -> list[RecordPlace]:
-        """Return where the rows of a state lie."""
-        state_format, places = parse_state(blob, any_sequences=any_sequences)
-        if state_format.records != states.state_format.records:
-            raise LlamaStateError(
-                "the state is not of the form that this model's states had before: "
-                f"{state_format.records[0]!r:.200}"
-            )
-        return places
-
-    def _keep_whole(
-        self, binding: Binding, tokens: npt.NDArray[np.int32], blob: memoryview
-    ) -> PageState:
-        with self._lock:
-            self._held.make_room(len(blob))
-            if self.cache_size + len(blob) <= self.capacity_bytes:
-                self._held.whole.keep(binding.whole_identity, tokens, blob)
-        return self._handle(binding, tokens, whole=blob)
-
-    def _keep_scores(
-        self, binding: Binding, tokens: npt.NDArray[np.int32], scores: npt.NDArray[np.float32]
-    ) -> PromptScores | None:
-        """Keep the logits of a prompt, if there are those of all of its tokens."""
-        if not binding.n_scores or scores.shape[1:] != (binding.n_scores,):
-            return None
-        store = self._held.scores(binding.identity, binding.n_scores, binding.max_tokens)
-        return store.keep(tokens, scores[: len(tokens)], self._held.make_room)
 
     # --- for its owner ------------------------------------------------------------------------
 
@@ -453,74 +331,6 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
 
     # --- finding and keeping ------------------------------------------------------------------
 
-    def _find(
-        self,
-        binding: Binding | None,
-        tokens: npt.NDArray[np.int32],
-        *,
-        with_scores: bool = False,
-    ) -> PageState | None:
-        if binding is None or not len(tokens):
-            return None
-        states, sequence = self._states(binding), None
-        if states is not None:
-            with suppress(OutOfMemoryError):  # there is none to map it: it can be computed
-                sequence = states.find(tokens)
-        if with_scores and binding.n_scores:
-            return self._find_with_scores(binding, tokens, states, sequence)
-        n_found = 0 if sequence is None else len(sequence)
-        with self._lock:
-            whole = self._held.whole.find(binding.whole_identity, tokens)
-        if whole is not None and whole.n_tokens > n_found:
-            blob = memoryview(whole.blob)
-            return self._handle(binding, tokens[: whole.n_tokens], whole=blob, is_found=True)
-        if states is None or sequence is None:
-            return None
-        return self._handle(binding, tokens[:n_found], rows=(states, sequence), is_found=True)
-
-    def _find_with_scores(
-        self,
-        binding: Binding,
-        tokens: npt.NDArray[np.int32],
-        states: ModelStates | None,
-        sequence: Sequence | None,
-    ) -> PageState | None:
-        """Return what was found as far as its logits are there: who asks may show all of them."""
-        if states is None or sequence is None:
-            return None
-        store = self._held.scores(binding.identity, binding.n_scores, binding.max_tokens)
-        scores = store.find(tokens[: len(sequence)])
-        if scores is None:
-            sequence.close()
-            return None
-        sequence.truncate(scores.n_tokens)
-        found = tokens[: scores.n_tokens]
-        state = self._handle(binding, found, rows=(states, sequence), is_found=True)
-        state.kept_scores = scores
-        return state
-
-    def _handle(
-        self,
-        binding: Binding,
-        tokens: npt.NDArray[np.int32],
-        *,
-        rows: tuple[ModelStates, Sequence] | None = None,
-        whole: memoryview | None = None,
-        is_found: bool = False,
-        lost: str = "",
-    ) -> PageState:
-        return PageState(
-            binding.identity,
-            tokens,
-            n_ctx=binding.n_ctx,
-            seed=binding.seed,
-            rows=rows,
-            whole=whole,
-            context_header=binding.context_header,
-            is_found=is_found,
-            lost=lost,
-        )
-
     def _caller(self, blob: memoryview | None = None, n_ctx: int = 0) -> Binding | None:
         """Return what is known of the `Llama` whose method is asking.
 
@@ -535,12 +345,6 @@ class PageCache(BaseLlamaCache):  # type: ignore[misc]  # an untyped package's
             if self._nobody is None and blob is not None:
                 self._nobody = binding_of_nobody(blob, n_ctx, self._held)
             return self._nobody
-
-    def _states(self, binding: Binding) -> ModelStates | None:
-        """Return what there is of a model; None where states are kept whole."""
-        if binding.name is None:
-            return None
-        return self._held.states(binding.name)
 
 
 def _aligned(state: bytes) -> memoryview:

@@ -344,7 +344,8 @@ class TestBudget:
                 llm.eval(token_ids(100, seed))
                 llm.save_state()
             found = [
-                cache._find(cache.binding(llm), np.array(token_ids(100, n))) for n in (1, 2, 3)
+                cache._prompts.find(cache.binding(llm), np.array(token_ids(100, n)))
+                for n in (1, 2, 3)
             ]
             assert found[0].n_tokens >= 96  # a tail goes with each block
             assert found[2].n_tokens == 100
@@ -448,7 +449,7 @@ class TestSlidingWindow:
         first.eval(token_ids(60))
         first.save_state()
         assert (cache.stats().n_whole_states, cache.stats().n_blocks) == (0, 3)
-        found = cache._find(cache.binding(second), np.array([*token_ids(60)[:50], 7]))
+        found = cache._prompts.find(cache.binding(second), np.array([*token_ids(60)[:50], 7]))
         assert found.n_tokens == 50
         second.load_state(found)
         plain.eval(token_ids(60)[:50])
@@ -464,8 +465,8 @@ class TestSlidingWindow:
         first.eval(tokens)
         state = first.save_state()
         assert cache.stats().n_whole_states == 1
-        assert cache._find(cache.binding(second), np.array([*tokens, 7])).n_tokens == 300
-        assert cache._find(cache.binding(second), np.array(tokens[:200])) is None
+        assert cache._prompts.find(cache.binding(second), np.array([*tokens, 7])).n_tokens == 300
+        assert cache._prompts.find(cache.binding(second), np.array(tokens[:200])) is None
         first.eval([5])
         second.load_state(state)
         second.eval([5])

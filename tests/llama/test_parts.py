@@ -52,14 +52,10 @@ def prompts(n):
     return [token_ids(SHARED) + token_ids(OWN, seed=2 + i) for i in range(n)]
 
 
-class Asked:
-    """A `Llama` asking, since a cache looks who does."""
-
-    def __init__(self, llm):
-        self.llm = llm
-
-    def find(self, tokens):
-        return self.llm.cache._find(self.llm.cache.binding(self.llm), np.array(tokens, np.int32))
+def found(llm, tokens):
+    """What a completion of a prompt finds."""
+    cache = llm.cache
+    return cache._prompts.find(cache.binding(llm), np.array(tokens, np.int32))
 
 
 @pytest.mark.parametrize("options", CONTEXTS.values(), ids=CONTEXTS)
@@ -93,13 +89,13 @@ class TestContexts:
             expected.append(raw_state(llm))
         token_bytes = state_bytes(llm) / len(first)
         moved.clear()
-        llm.load_state(Asked(llm).find(first))
+        llm.load_state(found(llm, first))
         assert len(moved) == 1
         assert moved[0] < (OWN + 2) * token_bytes
         assert llm.n_tokens == len(first)
         assert llm.input_ids[: len(first)].tolist() == first
         assert raw_state(llm) == expected[0]
-        llm.load_state(Asked(llm).find(second))
+        llm.load_state(found(llm, second))
         assert raw_state(llm) == expected[1]
 
     def test_logits_are_those_of_a_whole_restore(self, make, cache, options):
@@ -113,9 +109,9 @@ class TestContexts:
         llm.eval(second[SHARED:])
         llm.save_state()
         for prompt in (first, second, first):
-            llm.load_state(Asked(llm).find(prompt))  # in part
+            llm.load_state(found(llm, prompt))  # in part
             other.reset()
-            other.load_state(Asked(other).find(prompt))  # all of it
+            other.load_state(found(other, prompt))  # all of it
             for each in (llm, other):
                 each.eval([7])
             assert np.array_equal(logits(llm), logits(other))
@@ -127,7 +123,7 @@ class TestContexts:
             llm.reset()
             llm.eval(prompt)
             llm.save_state()
-        llm.load_state(Asked(llm).find(prompts(1)[0]))
+        llm.load_state(found(llm, prompts(1)[0]))
         memory = llama_cpp.llama_get_memory(llm._ctx.ctx)
         assert llama_cpp.llama_memory_seq_pos_max(memory, contexts.SPARE_SEQUENCE) == -1
         assert llama_cpp.llama_memory_seq_pos_max(memory, 0) == SHARED + OWN - 1
@@ -176,7 +172,7 @@ class TestWhenAllIsMoved:
             llm.save_state()
             assert moved == [state_bytes(llm)]
         moved.clear()
-        llm.load_state(Asked(llm).find(prompts(1)[0]))
+        llm.load_state(found(llm, prompts(1)[0]))
         assert moved == [state_bytes(llm)]
 
     @pytest.mark.parametrize(
@@ -201,7 +197,7 @@ class TestWhenAllIsMoved:
         llm.save_state()
         behind_its_back(sequence(llm))
         moved.clear()
-        llm.load_state(Asked(llm).find(first))
+        llm.load_state(found(llm, first))
         assert moved == [state_bytes(llm)]
         assert raw_state(llm) == expected
 
