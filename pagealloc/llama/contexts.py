@@ -35,7 +35,7 @@ SEQUENCE = 0
 SEQUENCE_HEADER = (0xAF143CD8).to_bytes(4, "little") + SEQUENCE.to_bytes(4, "little")
 """What the blob of a sequence begins with."""
 
-SPARE_SEQUENCE = int(llama_cpp.llama_max_parallel_sequences()) - 1
+SPARE_SEQUENCE = 255
 """The last number there is, which nobody uses."""
 
 SPARE_VERSIONS = ((0, 3, 30), (0, 3, 36))
@@ -258,6 +258,7 @@ def _may_take_parts(state_format: StateFormat) -> bool:
     return (
         SPARE_VERSIONS[0] <= version <= SPARE_VERSIONS[1]
         and len(records) == records[0].n_streams == 1
+        and llama_cpp.llama_max_parallel_sequences() > SPARE_SEQUENCE
     )
 
 
