@@ -130,6 +130,9 @@ class Prompts:
         places = self._places(states, blob)
         if len({len(place.positions) for place in places}) > 1:  # a window's rows are not all there
             return self._keep_whole(binding, tokens, blob)
+        n_cells = len(places[0].positions)
+        if n_cells != len(tokens):  # behind the state's own they may be any numbers
+            raise LlamaStateError(f"the state holds {n_cells} tokens, not {len(tokens)}")
         try:
             sequence = states.keep(tokens, lambda _: Taken(0, blob, places), self._held.make_room)
         except OutOfMemoryError:  # with everything else evicted: the budget is for others

@@ -127,15 +127,13 @@ def rows_by_token(
     LlamaStateError
         It is not of these.
     """
-    if len(positions) != end - begin:
-        raise LlamaStateError(f"the state holds {len(positions)} tokens, not {end - begin}")
     expected = np.arange(begin, end, dtype=np.int32)
     if np.array_equal(positions, expected):
         return lambda first, last: slice(first - begin, last - begin)
     order = np.argsort(positions, kind="stable")
     if not np.array_equal(positions[order], expected):
         raise LlamaStateError(
-            f"the state's tokens are not at positions {begin} to {end - 1}: some were removed or "
-            "moved"
+            f"the state's {len(positions)} tokens are not at positions {begin} to {end - 1}: some "
+            "were removed or moved"
         )
     return lambda first, last: order[first - begin : last - begin]
