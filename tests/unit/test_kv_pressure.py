@@ -80,19 +80,19 @@ class TestWarmWindows:
             gc.collect()
             gc.disable()
             try:
-                n_faults = []
-                for _ in range(5):
-                    calls_before = call_counts()
+                n_faults, n_calls = [], []
+                for _ in range(5):  # meanwhile another allocator's idle pages may go back
+                    calls_before = sum(call_counts().values())
                     seq = cache.sequence()
                     before = faults()
                     for token in rows:
                         seq.append_token(token)
                     n_faults.append(faults() - before)
-                    assert call_counts() == calls_before
+                    n_calls.append(sum(call_counts().values()) - calls_before)
                     seq.close()
             finally:
                 gc.enable()
-            assert min(n_faults) == 0
+            assert (min(n_faults), min(n_calls)) == (0, 0)
 
     def test_a_fork_shares_the_prefix_and_keeps_the_rest_warm(self, order):
         unit = make_layout(order).remap_tokens
