@@ -200,7 +200,8 @@ def conversation_rows(notes: list[str], *, quick: bool, flash_attn: bool) -> lis
     medians = {name: side.clear_times() for name, side in sides.items()}
     how = "flash_attn" if flash_attn else "default"
     work = f"{how}, {n} conversations of {SHARED_TOKENS + OWN_TOKENS + ANSWER_TOKENS - 1:,} tokens"
-    scale = n / N_CONVERSATIONS if quick else 1
+    own_tokens = OWN_TOKENS + ANSWER_TOKENS - 1
+    scale = (SHARED_TOKENS + n * own_tokens) / (SHARED_TOKENS + N_CONVERSATIONS * own_tokens)
     rows = [
         limit_row(
             "held", f"{work}: {name}", most * scale, held[name], "MiB", peers={RAM: held[RAM]}
