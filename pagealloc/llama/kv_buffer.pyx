@@ -9,8 +9,7 @@ Structure
                                          while one thread makes one context
         ggml_backend_cpu_buffer_from_ptr()   what the replacement returns: a buffer over a region,
                                          whose own table says how to clear and to free it: by us
-    No structure of ggml's is declared here, since a wrong one fails silently: which slots of the
-    tables are meant, `find_slots` learns by trying.
+    Which slots of the tables are meant, `ggml_slots` learns by trying.
 Invariants
     a region's memory goes back once llama.cpp has freed its buffer and no array shows it
     clearing with zeros writes nothing: pages that are not there read as zeros
@@ -37,6 +36,15 @@ from pagealloc.core.os_memory cimport (
     os_purge,
     os_resident_bytes,
 )
+from pagealloc.llama.ggml_slots cimport (
+    alloc_function,
+    clear_function,
+    find_slots,
+    free_function,
+    from_ptr_function,
+    slots_t,
+    type_function,
+)
 
 import os
 
@@ -48,16 +56,8 @@ cdef extern from "<pthread.h>" nogil:
     thread_t pthread_self()
     int pthread_equal(thread_t one, thread_t other)
 
-ctypedef void *(*type_function)() noexcept nogil
-ctypedef void *(*alloc_function)(void *buffer_type, size_t nbytes) noexcept nogil
-ctypedef void *(*from_ptr_function)(void *memory, size_t nbytes) noexcept nogil
-ctypedef void (*clear_function)(void *buffer, uint8_t value) noexcept nogil
-ctypedef void (*free_function)(void *buffer) noexcept nogil
-
 cdef enum:
-    N_SLOTS = 10                # of a table that are tried
     LEAST_BYTES = 64 << 10      # smaller buffers are never KV
-    PROBE_BYTES = 4096
 
 cdef struct region_t:
     region_t *next
@@ -78,8 +78,7 @@ cdef struct hook_t:
     PageHeap *heap
     alloc_function before
     from_ptr_function from_ptr
-    int clear_slot
-    int free_slot
+    slots_t slots
     bint is_lazy
     int64_t n_refused
     region_t *made
@@ -116,8 +115,8 @@ cdef void *alloc_for_ggml(void *buffer_type, size_t nbytes) noexcept nogil:
     region.asked_bytes = nbytes
     region.is_live = True
     table = <void **>region.buffer
-    table[hook.clear_slot] = <void *>clear_for_ggml
-    table[hook.free_slot] = <void *>free_for_ggml
+    table[hook.slots.clear] = <void *>clear_for_ggml
+    table[hook.slots.free] = <void *>free_for_ggml
     mutex_lock(&lock)
     region.next = hook.made
     hook.made = region
@@ -205,84 +204,7 @@ cdef void release(region_t *region) noexcept nogil:
 
 
 # ---------------------------------------------------------------------------------------------
-# Learning the tables
-
-cdef int n_probed = 0
-cdef void *probed_memory = NULL
-
-cdef void *probe(void *table, size_t argument) noexcept nogil:
-    """Stands in a slot to see whether it is called; what it returns is memory at least."""
-    global n_probed
-    n_probed += 1
-    return probed_memory
-
-
-cdef int find_alloc_slot(
-    alloc_function alloc, free_function free_buffer, void **table
-) noexcept nogil:
-    global n_probed
-    cdef void *before
-    cdef void *buffer
-    cdef int slot
-    for slot in range(N_SLOTS // 2):
-        before, table[slot] = table[slot], <void *>probe
-        n_probed = 0
-        buffer = alloc(table, PROBE_BYTES)
-        table[slot] = before
-        if n_probed == 1 and buffer == probed_memory:
-            return slot
-        if n_probed == 0 and buffer != NULL:
-            free_buffer(buffer)
-    return -1
-
-
-cdef int find_clear_slot(
-    from_ptr_function from_ptr, clear_function clear, free_function free_buffer, char *memory
-) noexcept nogil:
-    global n_probed
-    cdef void **buffer = <void **>from_ptr(memory, PROBE_BYTES)
-    cdef void *before
-    cdef int slot, found = -1
-    if buffer == NULL:
-        return -1
-    for slot in range(N_SLOTS):
-        memory[0], memory[PROBE_BYTES - 1] = 1, 1
-        before, buffer[slot] = buffer[slot], <void *>probe
-        n_probed = 0
-        clear(buffer, 0)
-        buffer[slot] = before
-        if n_probed == 1 and memory[0] == 1 and memory[PROBE_BYTES - 1] == 1:
-            found = slot
-            break
-    clear(buffer, 0)
-    if memory[0] != 0 or memory[PROBE_BYTES - 1] != 0:
-        found = -1
-    free_buffer(buffer)
-    return found
-
-
-cdef int find_free_slot(
-    from_ptr_function from_ptr, free_function free_buffer, char *memory, int clear_slot
-) noexcept nogil:
-    global n_probed
-    cdef void **buffer
-    cdef int slot
-    for slot in range(N_SLOTS):
-        if slot == clear_slot:
-            continue
-        buffer = <void **>from_ptr(memory, PROBE_BYTES)
-        if buffer == NULL:
-            return -1
-        if buffer[slot] != NULL:    # memory that is not ggml's is not freed by it
-            free_buffer(buffer)
-            continue
-        buffer[slot] = <void *>probe
-        n_probed = 0
-        free_buffer(buffer)
-        if n_probed == 1:
-            return slot
-    return -1
-
+# The hook
 
 cdef class BufferHook:
     """The hook on one library of ggml.
@@ -302,36 +224,31 @@ cdef class BufferHook:
 
     cdef void **table
     cdef from_ptr_function from_ptr
-    cdef readonly int alloc_slot, clear_slot, free_slot
+    cdef slots_t found
     cdef object allocator
 
     def __cinit__(
         self, uintptr_t cpu_buffer_type, uintptr_t alloc_buffer, uintptr_t from_ptr,
         uintptr_t clear, uintptr_t free_buffer, is_writable,
     ):
-        global probed_memory
-        cdef char[2 * PROBE_BYTES] room
-        cdef char *memory = room + PROBE_BYTES - <uintptr_t>&room[0] % PROBE_BYTES
         self.table = <void **>(<type_function>cpu_buffer_type)()
         if self.table == NULL or not is_writable(<uintptr_t>self.table):
             raise LookupError("ggml's table of CPU buffers cannot be written to")
         self.from_ptr = <from_ptr_function>from_ptr
-        probed_memory = memory
-        self.alloc_slot = find_alloc_slot(
-            <alloc_function>alloc_buffer, <free_function>free_buffer, self.table
+        self.found = find_slots(
+            self.table, <alloc_function>alloc_buffer, self.from_ptr, <clear_function>clear,
+            <free_function>free_buffer,
         )
-        self.clear_slot = find_clear_slot(
-            self.from_ptr, <clear_function>clear, <free_function>free_buffer, memory
-        )
-        self.free_slot = find_free_slot(
-            self.from_ptr, <free_function>free_buffer, memory, self.clear_slot
-        )
-        probed_memory = NULL
-        if self.alloc_slot < 0 or self.clear_slot < 0 or self.free_slot < 0:
+        if self.found.alloc < 0 or self.found.clear < 0 or self.found.free < 0:
             raise LookupError(
                 f"ggml's tables are others: alloc_buffer, clear and free_buffer in slots "
-                f"{self.alloc_slot}, {self.clear_slot} and {self.free_slot}"
+                f"{self.found.alloc}, {self.found.clear} and {self.found.free}"
             )
+
+    @property
+    def slots(self) -> tuple:
+        """In which slots ``alloc_buffer``, ``clear`` and ``free_buffer`` are."""
+        return self.found.alloc, self.found.clear, self.found.free
 
     def __reduce__(self):
         raise TypeError("a hook on this process's ggml cannot be pickled")
@@ -341,17 +258,17 @@ cdef class BufferHook:
         hook.heap = page_heap_of(allocator)
         self.allocator = allocator
         hook.from_ptr = self.from_ptr
-        hook.clear_slot, hook.free_slot = self.clear_slot, self.free_slot
+        hook.slots = self.found
         hook.is_lazy, hook.n_refused, hook.made = is_lazy, 0, NULL
         hook.thread = pthread_self()
-        hook.before = <alloc_function>self.table[self.alloc_slot]
-        self.table[self.alloc_slot] = <void *>alloc_for_ggml
+        hook.before = <alloc_function>self.table[self.found.alloc]
+        self.table[self.found.alloc] = <void *>alloc_for_ggml
 
     def remove(self) -> tuple:
         """Take it away; return the buffers made meanwhile, and how many were refused."""
         cdef region_t *region
         cdef KVBuffer made
-        self.table[self.alloc_slot] = <void *>hook.before
+        self.table[self.found.alloc] = <void *>hook.before
         buffers = []
         mutex_lock(&lock)
         region = hook.made

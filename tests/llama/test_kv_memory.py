@@ -157,7 +157,7 @@ class TestMemory:
 class TestSelfTest:
     def test_slots(self):
         hook = context_memory._hook()
-        assert len({hook.alloc_slot, hook.clear_slot, hook.free_slot}) == 3
+        assert len(set(hook.slots)) == 3
 
     @pytest.mark.parametrize("function", ["ggml_backend_buffer_clear", "ggml_backend_buffer_free"])
     def test_another_ggml(self, make, monkeypatch, function):

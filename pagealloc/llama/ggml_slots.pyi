@@ -1,0 +1,1 @@
+# No Python names: Cython rooms cimport the .pxd.
