@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import statistics
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -245,7 +246,8 @@ def converse(sides: dict[str, Side], bare: Side, prompts: list[list[int]]) -> di
     """
     texts: dict[str, list[str]] = {name: [] for name in (*sides, RECOMPUTED, AT_ONCE)}
     for visit in range(2):
-        for prompt in prompts:
+        for i, prompt in enumerate(prompts):
+            print(f"  visit {visit + 1}, conversation {i + 1} of {len(prompts)}", file=sys.stderr)
             for name, side in sides.items():
                 texts[name].append(side.answer(prompt))
             bare.forget()
@@ -492,7 +494,7 @@ def run(rounds: int, *, quick: bool = False) -> RowsReport:
             for flash_attn in ((True,) if quick else (True, False))
             for row in guarded(
                 "held",
-                "conversations",
+                f"conversations, {'flash_attn' if flash_attn else 'default'}",
                 65,
                 partial(conversation_rows, notes, quick=quick, flash_attn=flash_attn),
             )
