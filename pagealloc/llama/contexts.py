@@ -39,9 +39,9 @@ SPARE_SEQUENCE = 255
 """The last number there is, which nobody uses."""
 
 SPARE_VERSIONS = ((0, 3, 30), (0, 3, 36))
-"""The llama-cpp-python in which a KV cache of one stream was seen to know all numbers, however
-many sequences it was made for.  Another might end the process at one: there all tokens are taken
-and given."""
+"""The oldest and the newest llama-cpp-python in which a KV cache of one stream was seen to know all
+numbers, however many sequences it was made for.  Another might end the process at one: there all
+tokens are taken and given."""
 
 N_PROOF_TOKENS = 3
 

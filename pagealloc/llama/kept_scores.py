@@ -106,13 +106,14 @@ class KeptScores:
     ) -> PromptScores:
         """Keep the logits of a prompt's whole blocks, and return those of all of its tokens.
 
-        `make_room` is called with how many bytes it will take.
+        `make_room` is called with how many bytes it will take.  What does not fit even so is not
+        kept, but returned.
         """
         n_kept = min(len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS, self._max_kept_tokens)
         self.last_use = time.monotonic()
         sequence = self.kv.sequence(tokens[:n_kept])
-        first = sequence.n_cached
         try:
+            first = sequence.n_cached
             make_room((n_kept - first) // BLOCK_TOKENS * self.kv.layout.block_bytes)
             if first < n_kept:
                 new = scores[first:n_kept, None]
@@ -136,11 +137,6 @@ class KeptScores:
     def nbytes(self) -> int:
         """Bytes of the pages of all rows."""
         return self.kv.committed_bytes
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is cached."""
-        return not self.kv.sequences and not self.kv.prefixes.stats().n_blocks
 
     def evict(self) -> bool:
         """Let go of the block used longest ago; False if all are needed."""

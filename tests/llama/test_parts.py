@@ -10,6 +10,7 @@ import llama_cpp
 
 from pagealloc import LlamaStateError
 from pagealloc.llama import PageCache, attach, contexts, sequence
+from pagealloc.llama.state_blob import parse_state
 
 CONTEXTS = {
     "default": {},
@@ -38,6 +39,24 @@ def moved(monkeypatch):
     monkeypatch.setattr(llama_cpp, "llama_state_seq_get_data_ext", counted_get)
     monkeypatch.setattr(llama_cpp, "llama_state_seq_set_data_ext", counted_put)
     return sizes
+
+
+def rows(llm):
+    """K and V of all layers, by token, as 16-bit words."""
+    blob = raw_state(llm)
+    state_format, (place,) = parse_state(blob)
+    record, n_tokens = state_format.records[0], len(place.positions)
+    found = []
+    for types, offsets in ((record.k, place.k), (record.v, place.v)):
+        layers = [
+            np.frombuffer(blob, np.uint16, n_tokens * kind.row_bytes // 2, at)
+            for kind, at in zip(types, offsets, strict=True)
+        ]
+        if types[0].value_bytes:
+            found.append(np.stack([layer.reshape(-1, n_tokens).T for layer in layers]))
+        else:
+            found.append(np.stack([layer.reshape(n_tokens, -1) for layer in layers]))
+    return found
 
 
 def state_bytes(llm):
@@ -127,6 +146,27 @@ class TestContexts:
         memory = llama_cpp.llama_get_memory(llm._ctx.ctx)
         assert llama_cpp.llama_memory_seq_pos_max(memory, contexts.SPARE_SEQUENCE) == -1
         assert llama_cpp.llama_memory_seq_pos_max(memory, 0) == SHARED + OWN - 1
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_quantised_rows_in_part_are_those_of_a_whole_restore(make, flash_attn):
+    first, second = prompts(2)
+    with PageCache("64MiB", quantize=True) as cache:
+        llm, other = make(flash_attn=flash_attn), make(flash_attn=flash_attn)
+        for each in (llm, other):
+            attach(each, cache)
+        for prompt in (second, first):
+            llm.n_tokens = SHARED if llm.n_tokens else 0
+            llm.eval(prompt[llm.n_tokens :])
+            llm.save_state()
+        before = rows(llm)
+        llm.load_state(found(llm, second))
+        other.load_state(found(other, second))
+        in_part, whole = rows(llm), rows(other)
+    for k_and_v in (0, 1):
+        assert np.array_equal(in_part[k_and_v][:, SHARED:], whole[k_and_v][:, SHARED:])
+        assert np.array_equal(in_part[k_and_v][:, :SHARED], before[k_and_v][:, :SHARED])
+        assert not np.array_equal(whole[k_and_v][:, :SHARED], before[k_and_v][:, :SHARED])
 
 
 class TestWhenAllIsMoved:
