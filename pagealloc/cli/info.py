@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pagealloc.cli.system_report import (
+from pagealloc.observe.system_report import (
     THP_FOLDER,
     HugePageSetting,
     SystemReport,

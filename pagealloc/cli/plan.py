@@ -86,7 +86,7 @@ def question_of(args: argparse.Namespace) -> Question:
         An argument is missing, impossible, or contradicts another.
     """
     from pagealloc.cli.plan_costs import Question
-    from pagealloc.cli.system_report import read_system_report
+    from pagealloc.observe.system_report import read_system_report
 
     report = read_system_report()
     shape = _shape_of(args)

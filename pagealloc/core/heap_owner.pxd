@@ -21,6 +21,7 @@ cdef class Heap:
     cdef heap_t *enter(self) except NULL
     cdef void leave(self) noexcept
     cdef void forget_lost_calls(self) noexcept
+    cdef int await_calls(self) except -1
     cdef int relieve(
         self, size_t nbytes, size_t align_bytes, int error, Py_ssize_t n_blocks, int *n_asked
     ) except -1

@@ -19,7 +19,9 @@ Units
 import gc
 import operator
 import os
+from itertools import count
 from threading import get_ident
+from time import monotonic, sleep
 from weakref import ref
 
 from libc.errno cimport ENOMEM
@@ -44,17 +46,26 @@ from pagealloc.errors import ClosedError, InvariantError, OutOfMemoryError
 from pagealloc.units import format_bytes, parse_bytes
 
 cdef int64_t MAX_TIME_EVERY = 1 << 30
+cdef double CLOSE_WAIT_S = 0.2
 
-_open_heaps = set()    # weak references; to copy a set is one step, a WeakSet many
+_open_heaps = {}    # weak references: numbers; to copy a dict is one step, a WeakSet many
+_numbers = count()
+
+
+def open_heaps() -> list:
+    """Return all heaps that are not closed, each behind its number.  Thread-safe.
+
+    They are numbered in the order they were made, from 0 on.
+    """
+    numbered = [(number, heap_ref()) for heap_ref, number in tuple(_open_heaps.items())]
+    return [(number, heap) for number, heap in numbered if heap is not None and not heap.closed]
 
 
 def _collect_after_gc(phase, info):
     """A process whose oldest generation was just gone through has let go of what it will."""
     if phase == "stop" and info["generation"] == 2:
-        for heap_ref in tuple(_open_heaps):
-            heap = heap_ref()
-            if heap is not None and not heap.closed:
-                heap.collect()
+        for _, heap in open_heaps():
+            heap.collect()
 
 
 gc.callbacks.append(_collect_after_gc)
@@ -105,7 +116,7 @@ cdef class Heap:
         if self.heap == NULL:
             raise OutOfMemoryError("no memory for the tables of an allocator")
         self.heap.time_every = timed
-        _open_heaps.add(ref(self, _open_heaps.discard))
+        _open_heaps[ref(self, _open_heaps.pop)] = next(_numbers)
 
     def __dealloc__(self):
         # Every Buffer holds a reference to its heap, so what is still live belongs to callers by
@@ -128,6 +139,14 @@ cdef class Heap:
 
     cdef void leave(self) noexcept:
         self.n_calls -= 1
+
+    cdef int await_calls(self) except -1:
+        """Give other threads' calls a moment to end, such as those of who shows the figures."""
+        self.forget_lost_calls()
+        deadline = monotonic() + CLOSE_WAIT_S
+        while self.n_calls and monotonic() < deadline:
+            sleep(0.001)
+        return 0
 
     cdef void forget_lost_calls(self) noexcept:
         """In a forked child, the calls of the parent's other threads will never end."""
@@ -312,6 +331,7 @@ cdef class Heap:
         cdef int error
         if heap == NULL:
             return
+        self.await_calls()
         n_live = n_surely_live(heap)
         if n_live:
             raise BufferError(
@@ -323,7 +343,6 @@ cdef class Heap:
                 "NumPy's handler over this allocator is in use: leave its with blocks, or "
                 "uninstall() it, in every thread and task that has it"
             )
-        self.forget_lost_calls()
         if self.n_calls:
             raise BufferError("another thread is using this allocator at this moment")
         self.heap = NULL    # from here on nobody enters

@@ -45,7 +45,7 @@ seq_ops (by position), prefix_hash (names of prefixes), prefix_stats, prefix_nod
 block as one piece), cache_file (reading a file of them), prefix_disk (published blocks in files),
 cache_writer, cache_description, prefix_wire (what processes say to each other), prefix_server,
 prefix_client, sequence_prefix, sequence, sequences_by_id, cache_sharing (files and other
-processes), batches, cache.
+processes), batches, open_caches (all of the process), cache.
 """
 
 from pagealloc.kv import quant

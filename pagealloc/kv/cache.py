@@ -35,6 +35,7 @@ from pagealloc.kv.cache_sharing import CacheSharing
 from pagealloc.kv.cold_rows import ColdRows
 from pagealloc.kv.layout import KVLayout
 from pagealloc.kv.lineage import count_distinct_tokens
+from pagealloc.kv.open_caches import note_cache
 from pagealloc.kv.prefix_disk import DiskPrefixIndex
 from pagealloc.kv.prefix_hash import describe_rows, hash_key, owner_key
 from pagealloc.kv.pressure import Pressure
@@ -200,6 +201,7 @@ class KVCache(CacheSharing):
                 f"the layout's pages of {layout.page_bytes} bytes are no multiple of {whose} "
                 f"{store_page_bytes}: give KVLayout(..., page_bytes={store_page_bytes})"
             )
+        note_cache(self)
 
     @property
     def layout(self) -> KVLayout:

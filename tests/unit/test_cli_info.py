@@ -7,7 +7,7 @@ import pytest
 
 from pagealloc.cli import info
 from pagealloc.cli.main import main
-from pagealloc.cli.system_report import (
+from pagealloc.observe.system_report import (
     HugePageSetting,
     HugetlbPool,
     MemoryCgroup,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pagealloc.cli.system_report import SystemReport, read_system_report
+from pagealloc.observe.system_report import SystemReport, read_system_report
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

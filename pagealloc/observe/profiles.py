@@ -1,0 +1,117 @@
+"""Profile: values by stack, whatever was counted.
+
+Purpose
+    What samplers fill, and what pprof files, folded stacks and flame graphs are made of.
+Units
+    As each value's type says: bytes, nanoseconds, or a count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+__all__ = ["Frame", "Profile", "Stack", "ValueType"]
+
+
+class Frame(NamedTuple):
+    """A call: where it was, in the source."""
+
+    function: str
+    file: str
+    line: int = 0
+
+
+Stack = tuple[Frame, ...]
+"""Calls, the innermost first."""
+
+
+class ValueType(NamedTuple):
+    """What a value counts, such as ``("alloc_space", "bytes")``."""
+
+    name: str
+    unit: str
+
+
+@dataclass
+class Profile:
+    """Values by stack.
+
+    Attributes
+    ----------
+    value_types : tuple of ValueType
+        What each stack's values are; the last one is what is shown by default.
+    samples : dict of Stack to list of int
+        A value of each type.
+    period_type, period : ValueType, int
+        What was sampled how often: one sample in so many units.
+    time_ns, duration_ns : int
+        When it ended, since 1970; how long it took.
+    """
+
+    value_types: tuple[ValueType, ...]
+    period_type: ValueType
+    period: int
+    samples: dict[Stack, list[int]] = field(default_factory=dict)
+    time_ns: int = 0
+    duration_ns: int = 0
+
+    def add(self, stack: Stack, values: list[int]) -> None:
+        """Add values to a stack's."""
+        known = self.samples.get(stack)
+        if known is None:
+            self.samples[stack] = list(values)
+            return
+        for at, value in enumerate(values):
+            known[at] += value
+
+    def total(self, which: int = -1) -> int:
+        """Return the sum of a value over all stacks."""
+        return sum(values[which] for values in self.samples.values())
+
+    def hottest(self, n: int, which: int = -1) -> list[tuple[Frame, int]]:
+        """Return the lines with most of a value of their own, and how much."""
+        own: dict[Frame, int] = {}
+        for stack, values in self.samples.items():
+            if stack:
+                own[stack[0]] = own.get(stack[0], 0) + values[which]
+        return sorted(own.items(), key=lambda item: -item[1])[:n]
+
+    def folded(self, which: int = -1) -> str:
+        """Return the stacks as lines, "outer;inner value", as flame graph tools read them."""
+        lines = (
+            f"{';'.join(_folded_name(frame) for frame in reversed(stack))} {values[which]}"
+            for stack, values in self.samples.items()
+            if values[which]
+        )
+        return "".join(f"{line}\n" for line in sorted(lines))
+
+    def minus(self, other: Profile) -> Profile:
+        """Return what this one has more than another; less is negative.
+
+        Raises
+        ------
+        ValueError
+            They count other things.
+        """
+        if self.value_types != other.value_types:
+            raise ValueError(
+                f"profiles of {_names(self)} and of {_names(other)} cannot be compared: take two "
+                "of a kind"
+            )
+        difference = Profile(self.value_types, self.period_type, self.period)
+        difference.time_ns = self.time_ns
+        difference.duration_ns = self.duration_ns - other.duration_ns
+        for stack, values in self.samples.items():
+            difference.add(stack, values)
+        for stack, values in other.samples.items():
+            difference.add(stack, [-value for value in values])
+        return difference
+
+
+def _names(profile: Profile) -> str:
+    return ", ".join(each.name for each in profile.value_types)
+
+
+def _folded_name(frame: Frame) -> str:
+    return f"{frame.function} ({frame.file}:{frame.line})".replace(";", ",")
