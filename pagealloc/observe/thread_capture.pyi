@@ -1,0 +1,6 @@
+from collections.abc import Sequence
+
+def install_capture() -> int: ...
+def capture_threads(
+    tids: Sequence[int], spent_ns: dict[int, int], period_ns: int
+) -> list[tuple[int, int, list[int]]]: ...
