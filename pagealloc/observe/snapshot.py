@@ -66,7 +66,7 @@ class Snapshot:
     n_minor_faults, n_major_faults : int
         Page faults of the whole process since it started.
     resident_bytes : int
-        Of the whole process; a page that is mapped twice counts twice.
+        Resident memory of the whole process, in which a page that is mapped twice counts twice.
     allocators : tuple of AllocatorReading
     caches : tuple of CacheReading
     """
