@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from pagealloc.units import format_bytes
 
 if TYPE_CHECKING:
     from pagealloc.observe.profiles import Frame, Profile
-    from pagealloc.observe.profiling import Profiling
 
 __all__ = ["HELP", "NAME", "add_arguments", "run"]
 
@@ -20,11 +20,15 @@ NAME = "profile"
 HELP = "run a script and show by line what it allocates, computes, and waits for"
 
 N_HOTTEST = 5
-SHOWN = {
-    "heap": (("alloc_space", "allocated"), ("inuse_space", "live at the end")),
-    "cpu": (("cpu", "CPU time"),),
-    "contention": (("delay", "waited for the core's mutexes"),),
+LIBRARIES = ("site-packages", "dist-packages")
+KINDS = ("heap", "cpu", "contention")
+LABELS = {
+    "alloc_space": "allocated",
+    "inuse_space": "live at the end",
+    "cpu": "CPU time",
+    "delay": "waited for the core's mutexes",
 }
+"""The values that are shown, of those that profiles have."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,13 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the script, or compare two profiles."""
     if args.diff:
-        return _show_difference(*args.diff, args.output)
+        return _show_difference(args.diff[0], args.diff[1], args.output)
     if args.script is None:
         raise ValueError("which script? pagealloc profile [options] SCRIPT.py [its arguments]")
-    kinds = [kind for kind in SHOWN if getattr(args, kind)]
+    kinds = [kind for kind in KINDS if getattr(args, kind)]
     if args.serve is not None:
         return _serve(args, kinds)
-    return _profile_script(args, kinds or list(SHOWN))
+    return _profile_script(args, kinds or list(KINDS))
 
 
 def _profile_script(args: argparse.Namespace, kinds: list[str]) -> int:
@@ -88,22 +92,16 @@ def _profile_script(args: argparse.Namespace, kinds: list[str]) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     options = {"heap": {"period": args.period}}
     profilings = [profile(kind, **options.get(kind, {})) for kind in kinds]
-    started: list[Profiling] = []
-
-    def finish() -> None:
-        for profiling in reversed(started):
-            profiling.stop()
-        for profiling in started:
-            _write(profiling.kind, profiling.profile, args.output)
-
-    try:
+    with ExitStack() as running:
         for profiling in profilings:
-            started.append(profiling.start())
-    except BaseException:
-        for profiling in started:
-            profiling.stop()
-        raise
-    return run_script(args.script, args.arguments, finish, is_module=args.module)
+            running.enter_context(profiling)
+
+        def finish() -> None:
+            running.close()
+            for profiling in profilings:
+                _write(profiling.kind, profiling.profile, args.output)
+
+        return run_script(args.script, args.arguments, finish, is_module=args.module)
 
 
 def _serve(args: argparse.Namespace, kinds: list[str]) -> int:
@@ -121,19 +119,36 @@ def _write(kind: str, profile: Profile, folder: Path) -> None:
 
     for suffix in (".pb.gz", ".html", ".folded"):
         write_profile(profile, folder / f"{kind}{suffix}", f"{kind} profile")
-    print(f"{kind}: {folder / kind}.html; go tool pprof {folder / kind}.pb.gz", file=sys.stderr)
-    for value, label in SHOWN[kind]:
-        which = [value_type.name for value_type in profile.value_types].index(value)
-        unit = profile.value_types[which].unit
-        print(f"  {_amount(profile.total(which), unit)} {label}", file=sys.stderr)
-        _print_lines(profile.hottest(N_HOTTEST, which), unit)
+    _say(f"{kind}: {folder / kind}.html; go tool pprof {folder / kind}.pb.gz")
+    _print_values(profile)
+
+
+def _print_values(profile: Profile) -> None:
+    """Print what the profile is about, and the lines with most of it."""
+    for which, (name, unit) in enumerate(profile.value_types):
+        if name in LABELS:
+            _say(f"  {_amount(profile.total(which), unit)} {LABELS[name]}")
+            _print_lines(profile.hottest(N_HOTTEST, which), unit)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)  # stdout is the script's
 
 
 def _print_lines(lines: list[tuple[Frame, int]], unit: str) -> None:
     for frame, value in lines:
         if value:
-            where = f"{frame.file}:{frame.line}" if frame.line else frame.file
-            print(f"    {_amount(value, unit):>12}  {frame.function}  {where}", file=sys.stderr)
+            _say(f"    {_amount(value, unit):>12}  {frame.function}  {_place(frame)}")
+
+
+def _place(frame: Frame) -> str:
+    """Return file and line, the file as short as it is clear: below here, or below its package."""
+    path = Path(frame.file)
+    for folder in (Path.cwd(), *(parent for parent in path.parents if parent.name in LIBRARIES)):
+        if path.is_relative_to(folder):
+            path = path.relative_to(folder)
+            break
+    return f"{path}:{frame.line}" if frame.line else str(path)
 
 
 def _amount(value: int, unit: str) -> str:
@@ -156,11 +171,8 @@ def _show_difference(first: Path, second: Path, folder: Path) -> int:
     difference = after.minus(before)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "diff.html"
-    title = f"{second.name} less {first.name}"
+    title = f"{second} less {first}"
     page.write_text(flame_graph(difference, title, is_difference=True), encoding="utf-8")
-    value_type = difference.value_types[-1]
-    print(f"{page}: {_amount(difference.total(), value_type.unit)} {value_type.name}")
-    lines = difference.hottest(len(difference.samples))
-    _print_lines(lines[:N_HOTTEST], value_type.unit)
-    _print_lines([line for line in lines[N_HOTTEST:][-N_HOTTEST:] if line[1] < 0], value_type.unit)
+    _say(f"{page}: {title}")
+    _print_values(difference)
     return 0

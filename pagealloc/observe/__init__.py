@@ -2,26 +2,44 @@
 
 Rooms, bottom up: system_report (the machine's memory, as the kernel tells it), snapshot (all that
 the process counts, read once), readings (every figure of it, named), profiles (values by stack),
-pprof (their files), flamegraph (their pages),
-latency_totals (histograms that never fall), host_check and http_server (who may ask, who answers),
-prometheus (extra `metrics`), otel (extra `otel`).
+pprof (their files), flamegraph (their pages), stacks (of Python calls), thread_capture and
+native_code (where a thread is in native code), heap_profile, wait_profile, cpu_profile (what fills
+profiles), profiling (any of them, by name), script (run as python would), pprof_server (profiles by
+HTTP), latency_totals (histograms that never fall), host_check and http_server (who may ask, who
+answers), prometheus (extra `metrics`), otel (extra `otel`).
 
     >>> import pagealloc.observe
     >>> server, thread = pagealloc.observe.start_http_server(9100)  # doctest: +SKIP
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pagealloc.observe.pprof_server import start_profile_server
+    from pagealloc.observe.profiling import profile
     from pagealloc.observe.prometheus import PageallocCollector, start_http_server
+    from pagealloc.observe.snapshot import take_snapshot
 
-__all__ = ["PageallocCollector", "start_http_server"]
+__all__ = [
+    "PageallocCollector",
+    "profile",
+    "start_http_server",
+    "start_profile_server",
+    "take_snapshot",
+]
+
+_ROOMS = {
+    "PageallocCollector": "prometheus",
+    "profile": "profiling",
+    "start_http_server": "prometheus",
+    "start_profile_server": "pprof_server",
+    "take_snapshot": "snapshot",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs a package of an extra when it is asked for."""
-    if name in __all__:
-        from pagealloc.observe import prometheus
-
-        return getattr(prometheus, name)
+    """Import what is asked for when it is: some of it needs a package of an extra."""
+    if name in _ROOMS:
+        return getattr(import_module(f"pagealloc.observe.{_ROOMS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

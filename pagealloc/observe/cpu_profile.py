@@ -1,4 +1,4 @@
-"""CPUProfiler: which lines spend CPU time, and how much of it inside pagealloc.
+r"""CPUProfiler: which lines spend CPU time, and how much of it inside pagealloc.
 
 Purpose
     A hundred times a second, each thread that has worked since is noted with the CPU time it has
@@ -7,7 +7,7 @@ Structure
     ::
 
         thread_capture: clocks and a signal, without the GIL --> native_code: whose code it is
-                                          \\--> sys._current_frames: Python stacks --> Profile
+                                          \--> sys._current_frames: Python stacks --> Profile
 Invariants
     what the profile adds up to is the CPU time of all threads, but for what each spent since it was
     last noted (less than half a period), and for threads that lived shorter than a period
@@ -28,6 +28,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pagealloc.observe.native_code import NativeCode
@@ -113,7 +114,8 @@ class CPUProfiler:
         own_tid = threading.get_native_id()
         spent_ns: dict[int, int] = {}
         while not self._is_stopped.is_set():
-            tids = [int(name) for name in os.listdir("/proc/self/task") if int(name) != own_tid]
+            tids = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+            tids.remove(own_tid)
             found = capture_threads(tids, spent_ns, self.period_ns)
             if not found:
                 continue

@@ -1,4 +1,4 @@
-"""HeapProfiler: which lines allocate, and what of it is live.
+r"""HeapProfiler: which lines allocate, and what of it is live.
 
 Purpose
     Of every `period_bytes` allocated, on average, one byte is picked at random, and the block it
@@ -7,7 +7,7 @@ Structure
     ::
 
         core/noted counts bytes down --> note() --> by stack: allocated so far
-                                               \\--> by block: live until its weak reference dies
+                                               \--> by block: live until its weak reference dies
 Invariants
     what is live of a stack is the sum of the weights of its blocks that were not closed; of a
     window at most what it has committed now

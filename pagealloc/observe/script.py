@@ -48,12 +48,14 @@ def run_script(
     argv, path = sys.argv, list(sys.path)
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path.cwd() if is_module else Path(script).resolve().parent)
-    run = runpy.run_module if is_module else runpy.run_path
-    kept = None
+    kept: object = None
     code = 0
     try:
         # What the script's globals refer to lives for as long as they are kept.
-        kept = run(script, run_name="__main__", **({"alter_sys": True} if is_module else {}))
+        if is_module:
+            kept = runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            kept = runpy.run_path(str(Path(script).absolute()), run_name="__main__")
     except SystemExit as end:
         kept = end.__traceback__
         code = _exit_code(end.code)

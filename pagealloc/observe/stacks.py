@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from pagealloc.observe.profiles import Frame
@@ -31,9 +32,7 @@ Calls = tuple[tuple["CodeType", int], ...]
 """Code and line of each call, the innermost first: what costs least to note."""
 
 lock = threading.RLock()
-os.register_at_fork(
-    before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
-)
+os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 
 def stack_of(frame: FrameType | None) -> Calls:
@@ -50,4 +49,11 @@ def stack_of(frame: FrameType | None) -> Calls:
 
 def frames_of(calls: Calls) -> Stack:
     """Return calls as a profile has them."""
-    return tuple(Frame(code.co_qualname, code.co_filename, line) for code, line in calls)
+    return tuple(Frame(_name(code), code.co_filename, line) for code, line in calls)
+
+
+def _name(code: CodeType) -> str:
+    """Return a function's name; pprof would drop what stands in angle brackets only."""
+    if code.co_qualname == "<module>":
+        return f"{PurePath(code.co_filename).stem} (module)"
+    return code.co_qualname
