@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 from pagealloc.observe.native_code import NativeCode
 from pagealloc.observe.profiles import Frame, Profile, ValueType
 from pagealloc.observe.stacks import frames_of, lock, stack_of
-from pagealloc.observe.thread_capture import capture_threads, install_capture
+from pagealloc.observe.thread_capture import capture_threads, install_capture, thread_spent_ns
 
 if TYPE_CHECKING:
     from pagealloc.observe.profiles import Stack
@@ -112,9 +112,9 @@ class CPUProfiler:
 
     def _sample(self) -> None:
         own_tid = threading.get_native_id()
-        spent_ns: dict[int, int] = {}
+        spent_ns = {tid: thread_spent_ns(tid) for tid in _tids()}
         while not self._is_stopped.is_set():
-            tids = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+            tids = _tids()
             tids.remove(own_tid)
             found = capture_threads(tids, spent_ns, self.period_ns)
             if not found:
@@ -141,3 +141,8 @@ class CPUProfiler:
             for stack, values in self._samples.items():
                 found.add(stack, list(values))
         return found
+
+
+def _tids() -> list[int]:
+    """Return the threads of this process, as the kernel numbers them."""
+    return [int(task.name) for task in Path("/proc/self/task").iterdir()]

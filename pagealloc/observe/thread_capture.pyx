@@ -25,6 +25,11 @@ def install_capture() -> int:
     return capture_install()
 
 
+def thread_spent_ns(tid: int) -> int:
+    """Return what CPU time a thread has spent; -1: there is none."""
+    return thread_cpu_ns(tid)
+
+
 def capture_threads(tids, spent_ns, period_ns: int) -> list:
     """Wait for `period_ns`, and tell which threads have spent CPU time.
 
@@ -33,7 +38,7 @@ def capture_threads(tids, spent_ns, period_ns: int) -> list:
     tids : list of int
         Threads, as the kernel numbers them.
     spent_ns : dict of int to int
-        What each had spent when it was last reported; others are begun with.  It is updated.
+        What each had spent when it was last reported; of others all is told.  It is updated.
     period_ns : int
         How long to wait; a thread that has spent less than half of it is left for later.
 
@@ -55,23 +60,20 @@ def capture_threads(tids, spent_ns, period_ns: int) -> list:
             raise MemoryError("no memory for what the threads answer")
         for i in range(n):
             threads[i] = tids[i]
-            before[i] = spent_ns.get(tids[i], -1)
+            before[i] = spent_ns.get(tids[i], 0)
         with nogil:
-            for i in range(n):
-                if before[i] < 0:
-                    before[i] = thread_cpu_ns(threads[i])
             pause_ns(pause)
             for i in range(n):
                 after[i] = thread_cpu_ns(threads[i])
-                if after[i] - before[i] >= least_ns and before[i] >= 0:
+                if after[i] < before[i]:
+                    before[i] = 0       # its number is another thread's by now
+                if after[i] - before[i] >= least_ns:
                     is_there[i] = capture_thread(threads[i], words + i * n_words)
         found = []
         for i in range(n):
-            if before[i] < 0 or after[i] < 0:
+            if after[i] < 0:
                 spent_ns.pop(threads[i], None)
-            elif after[i] - before[i] < least_ns:
-                spent_ns[threads[i]] = before[i]
-            else:
+            elif after[i] - before[i] >= least_ns:
                 spent_ns[threads[i]] = after[i]
                 addresses = [words[i * n_words + j] for j in range(n_words)] if is_there[i] else []
                 found.append((threads[i], after[i] - before[i], addresses))
