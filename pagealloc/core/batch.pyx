@@ -22,7 +22,7 @@ from pagealloc.core.export cimport fill_buffer
 from pagealloc.core.heap cimport heap_alloc_many, heap_free_many
 from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.heap_state cimport heap_t
-from pagealloc.core.noted cimport blocks_are_noted, note_block, note_wait, waits_are_noted
+from pagealloc.core.noted cimport blocks_are_noted, note_block, note_wait, observed, waits_are_noted
 
 from pagealloc.errors import ClosedError, OutOfMemoryError
 from pagealloc.units import format_bytes
@@ -132,7 +132,7 @@ cdef class Batch:
             heap_free_many(heap, blocks, <size_t>self.n_blocks)
         self.owner.leave()
         free(blocks)
-        if waits_are_noted:
+        if observed(waits_are_noted):
             note_wait()
 
     def __getitem__(self, index):
@@ -201,8 +201,8 @@ cdef Batch new_batch(Heap heap, size_t nbytes, size_t align_bytes, Py_ssize_t n_
         raise
     finally:
         heap.leave()
-    if waits_are_noted:
+    if observed(waits_are_noted):
         note_wait()
-    if blocks_are_noted:
+    if observed(blocks_are_noted):
         note_block(batch, <int64_t>nbytes * n_blocks, n_blocks)
     return batch

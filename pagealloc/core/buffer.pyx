@@ -31,7 +31,7 @@ from pagealloc.core.heap cimport (
 from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.heap_resize cimport heap_resize
 from pagealloc.core.heap_state cimport heap_t
-from pagealloc.core.noted cimport blocks_are_noted, note_block, note_wait, waits_are_noted
+from pagealloc.core.noted cimport blocks_are_noted, note_block, note_wait, observed, waits_are_noted
 from pagealloc.core.os_memory cimport os_real_page_bytes, os_resident_bytes
 from pagealloc.core.page_heap cimport FREED
 
@@ -220,7 +220,7 @@ cdef class Buffer:
             with nogil:
                 outcome = heap_free_slow(heap, memory)
             self.owner.leave()
-            if waits_are_noted:
+            if observed(waits_are_noted):
                 note_wait()
         return outcome
 
@@ -286,7 +286,7 @@ cdef Buffer new_buffer(Heap heap, size_t nbytes, size_t align_bytes):
         buffer.memory = heap_alloc_fast(heap.heap, nbytes, align_bytes)
     if buffer.memory == NULL:
         fill_slow(buffer, heap, nbytes, align_bytes, 0)
-    if blocks_are_noted:
+    if observed(blocks_are_noted):
         note_block(buffer, nbytes, 1)
     return buffer
 
@@ -300,7 +300,7 @@ cdef Buffer new_buffer_of_class(Heap heap, size_t nbytes, size_t slot_class):
         buffer.memory = heap_alloc_class(heap.heap, slot_class)
     if buffer.memory == NULL:
         fill_slow(buffer, heap, nbytes, 0, slot_class)
-    if blocks_are_noted:
+    if observed(blocks_are_noted):
         note_block(buffer, nbytes, 1)
     return buffer
 
@@ -324,7 +324,7 @@ cdef int fill_slow(
             heap.relieve(nbytes, align_bytes, error, 1, &n_asked)
     finally:
         heap.leave()
-    if waits_are_noted:
+    if observed(waits_are_noted):
         note_wait()
     return 0
 

@@ -2,6 +2,17 @@
 
 from libc.stdint cimport int64_t
 
+cdef extern from * nogil:
+    """
+    /* A build to compare with has no such questions (setup.py). */
+    #ifdef PAGEALLOC_UNOBSERVED
+    #define PAGEALLOC_OBSERVED(flag) 0
+    #else
+    #define PAGEALLOC_OBSERVED(flag) __builtin_expect(flag, 0)
+    #endif
+    """
+    bint observed "PAGEALLOC_OBSERVED"(bint flag)
+
 cdef bint blocks_are_noted
 cdef bint waits_are_noted
 
