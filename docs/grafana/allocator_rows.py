@@ -98,8 +98,8 @@ def memory() -> Iterator[AnyPanel]:
             "{{instance}} allocator {{allocator}} cache {{cache}}",
         ),
         "percentunit",
-        "Committed bytes of each allocator and KV cache that has a budget. At 100 % it first gives "
-        "up what is idle, then refuses.",
+        "Of each allocator with a budget what is committed, of each KV cache what open sequences "
+        "need: published prefixes take the rest, and give way. At 100 % requests are refused.",
         width=6,
         limits=BUDGET_LIMITS,
         most=1,

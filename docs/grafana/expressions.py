@@ -41,8 +41,9 @@ HELD = f"sum (pagealloc_held_bytes{{{SELECTED}}} or pagealloc_kv_held_bytes{{{SE
 BUDGET_USED = ratio(
     f"pagealloc_committed_bytes{{{SELECTED}}}", f"pagealloc_budget_bytes{{{SELECTED}}}"
 )
+# Not what is committed: published prefixes fill a budget in peace, and give way.
 KV_BUDGET_USED = ratio(
-    f"pagealloc_kv_committed_bytes{{{SELECTED}}}", f"pagealloc_kv_budget_bytes{{{SELECTED}}}"
+    f"pagealloc_kv_needed_bytes{{{SELECTED}}}", f"pagealloc_kv_budget_bytes{{{SELECTED}}}"
 )
 HIT_TOKENS = ratio(
     rate("pagealloc_prefix_hit_tokens_total"), rate("pagealloc_prefix_asked_tokens_total")
