@@ -13,10 +13,10 @@ from expressions import (
     ratio,
     total,
 )
-from limits import BUDGET_LIMITS, LATENCY_LIMITS
+from limits import BUDGET_LIMITS
 from panels import AnyPanel, Query, bars, graph, heat, linked
 
-P99_BOUND = Query("pagealloc:alloc_latency_p99_bound:seconds", "bound")
+P99_BOUND = Query("pagealloc:alloc_latency_p99_bound:seconds", "bound", "red", is_dashed=True)
 THP_PAGE = "https://docs.kernel.org/admin-guide/mm/transhuge.html"
 
 
@@ -31,7 +31,6 @@ def latency() -> Iterator[AnyPanel]:
         "one class: it goes to the kernel each time, `prefault` or a longer `purge_after_s` help. "
         "The bound comes from the rules.",
         width=12,
-        limits=LATENCY_LIMITS,
         is_log=True,
     )
     yield heat(
@@ -79,11 +78,16 @@ def memory() -> Iterator[AnyPanel]:
     yield graph(
         "Held against live",
         [
-            Query(total("pagealloc_committed_bytes"), "committed: may be backed"),
-            Query(total("pagealloc_held_bytes"), "held: physical"),
-            Query(total("pagealloc_active_bytes"), "active: pages in use or at hand"),
-            Query(total("pagealloc_live_bytes"), "live: handed out"),
-            Query(total("pagealloc_idle_bytes"), "idle: freed, at hand"),
+            Query(
+                total("pagealloc_committed_bytes"),
+                "committed: may be backed",
+                "purple",
+                is_dashed=True,
+            ),
+            Query(total("pagealloc_held_bytes"), "held: physical", "blue"),
+            Query(total("pagealloc_active_bytes"), "active: pages in use or at hand", "yellow"),
+            Query(total("pagealloc_live_bytes"), "live: handed out", "green"),
+            Query(total("pagealloc_idle_bytes"), "idle: freed, at hand", "text"),
         ],
         "bytes",
         "Memory of allocators, KV caches apart. Held should follow live within seconds. Held far "
@@ -91,12 +95,16 @@ def memory() -> Iterator[AnyPanel]:
         width=12,
     )
     yield bars(
-        "Budget used",
-        Query(
-            f"max by (instance, allocator) ({BUDGET_USED})"
-            f" or max by (instance, cache) ({KV_BUDGET_USED})",
-            "{{instance}} allocator {{allocator}} cache {{cache}}",
-        ),
+        "Budgets",
+        [
+            Query(
+                f"max by (instance, allocator) ({BUDGET_USED})",
+                "{{instance}}: allocator {{allocator}}",
+            ),
+            Query(
+                f"max by (instance, cache) ({KV_BUDGET_USED})", "{{instance}}: KV cache {{cache}}"
+            ),
+        ],
         "percentunit",
         "Of each allocator with a budget what is committed, of each KV cache what open sequences "
         "need: published prefixes take the rest, and give way. At 100 % requests are refused.",

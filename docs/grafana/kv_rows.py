@@ -11,13 +11,15 @@ def kv_cache() -> Iterator[AnyPanel]:
     yield graph(
         "Physical against needed",
         [
-            Query(total("pagealloc_kv_held_bytes"), "held: physical"),
-            Query(total("pagealloc_kv_needed_bytes"), "needed: distinct rows"),
+            Query(total("pagealloc_kv_held_bytes"), "held: physical", "blue"),
+            Query(total("pagealloc_kv_needed_bytes"), "needed: distinct rows", "green"),
             Query(
                 f"{total('pagealloc_kv_needed_bytes')} + {total('pagealloc_kv_shared_bytes')}",
                 "needed without sharing",
+                "orange",
+                is_dashed=True,
             ),
-            Query(total("pagealloc_kv_warm_bytes"), "warm: of closed sequences"),
+            Query(total("pagealloc_kv_warm_bytes"), "warm: of closed sequences", "text"),
         ],
         "bytes",
         "Held should lie just above needed. The gap up to *needed without sharing* is what shared "
@@ -65,7 +67,7 @@ def kv_cache() -> Iterator[AnyPanel]:
         is_stacked=True,
     )
     yield graph(
-        "Prefix hit rate",
+        "Prefix hit rates",
         [
             Query(HIT_TOKENS, "of tokens"),
             Query(

@@ -24,6 +24,7 @@ from grafana_foundation_sdk.models.common import (
 from grafana_foundation_sdk.models.dashboard import (
     DashboardLinkType,
     DataSourceRef,
+    DynamicConfigValue,
     FieldColorModeId,
     Threshold,
     ThresholdsMode,
@@ -35,6 +36,7 @@ DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 STAT_HEIGHT = 4
 GRAPH_HEIGHT = 9
+WIDE = 12
 
 AnyPanel = stat.Panel | timeseries.Panel | bargauge.Panel | heatmap.Panel
 
@@ -44,6 +46,8 @@ class Query(NamedTuple):
 
     expr: str
     legend: str
+    colour: str | None = None
+    is_dashed: bool = False
 
 
 class Limits(NamedTuple):
@@ -104,7 +108,7 @@ def graph(
             common.VizLegendOptions()
             .show_legend(True)
             .display_mode(LegendDisplayMode.TABLE)
-            .placement(LegendPlacement.BOTTOM)
+            .placement(LegendPlacement.RIGHT if width >= WIDE else LegendPlacement.BOTTOM)
             .calcs(["mean", "max", "lastNotNull"])
         )
         .tooltip(
@@ -127,12 +131,15 @@ def graph(
         panel.thresholds(limits.thresholds()).thresholds_style(
             common.GraphThresholdsStyleConfig().mode(GraphThresholdsStyleMode.DASHED)
         )
+    for query in queries:
+        if look := _look(query):
+            panel.override_by_name(query.legend, look)
     return _described(panel, title, queries, unit, description)
 
 
 def bars(
     title: str,
-    query: Query,
+    queries: Sequence[Query],
     unit: str,
     description: str,
     *,
@@ -152,7 +159,7 @@ def bars(
     )
     if most is not None:
         panel.max(most)
-    return _coloured(_described(panel, title, [query], unit, description), limits)
+    return _coloured(_described(panel, title, queries, unit, description), limits)
 
 
 def heat(title: str, query: Query, unit: str, description: str, *, width: int) -> AnyPanel:
@@ -195,6 +202,16 @@ def _described(
     for place, query in enumerate(queries):
         panel.with_target(_target(place, query))
     return panel
+
+
+def _look(query: Query) -> list[DynamicConfigValue]:
+    """Return what a line has of its own."""
+    look = []
+    if query.colour is not None:
+        look.append(DynamicConfigValue("color", {"mode": "fixed", "fixedColor": query.colour}))
+    if query.is_dashed:
+        look.append(DynamicConfigValue("custom.lineStyle", {"fill": "dash", "dash": [10, 10]}))
+    return look
 
 
 def _target(place: int, query: Query) -> prometheus.Dataquery:

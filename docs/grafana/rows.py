@@ -42,7 +42,7 @@ def overview() -> Iterator[AnyPanel]:
         Query(ratio(REFUSED, REQUESTS), "refused"),
         "percentunit",
         "Share of allocations that were refused. Anything but 0 means that a budget or the machine "
-        "ran out: see *Budget used*, then run `pagealloc doctor` on the machine.",
+        "ran out: see *Budgets*, then run `pagealloc doctor` on the machine.",
         limits=REFUSED_LIMITS,
     )
     yield number(
