@@ -1,12 +1,28 @@
 """What pagealloc does, shown: profiles, metrics, snapshots, a doctor.
 
-Rooms, bottom up: system_report (the machine's memory, as the kernel tells it), snapshot (all that
-the process counts, read once), readings (every figure of it, named), profiles (values by stack),
-pprof (their files), flamegraph (their pages), stacks (of Python calls), thread_capture and
-native_code (where a thread is in native code), heap_profile, wait_profile, cpu_profile (what fills
-profiles), profiling (any of them, by name), script (run as python would), pprof_server (profiles by
-HTTP), latency_totals (histograms that never fall), host_check and http_server (who may ask, who
-answers), prometheus (extra `metrics`), otel (extra `otel`).
+Rooms, bottom up::
+
+    system_report    the machine's memory, as the kernel tells it
+    snapshot         all that the process counts, read once
+    readings         every figure of it, named
+    profiles         values by stack
+    pprof            their files
+    flamegraph       their pages
+    stacks           Python calls, noted; the lock of all samplers
+    heap_profile     bytes allocated and live
+    wait_profile     time waited for mutexes of the core
+    thread_capture   where other threads are in native code
+    native_code      whose code that is
+    cpu_profile      CPU time
+    profiling        a profile of any kind, by name
+    script           a script, run as python would
+    latency_totals   latency histograms that never fall
+    host_check       who may ask by HTTP
+    http_server      who answers
+    pprof_server     profiles by HTTP
+    prometheus       metrics as Prometheus has them (extra `metrics`)
+    otel             metrics and spans as OpenTelemetry has them (extra `otel`)
+    dashboard        what Grafana and Prometheus import
 
     >>> import pagealloc.observe
     >>> server, thread = pagealloc.observe.start_http_server(9100)  # doctest: +SKIP
