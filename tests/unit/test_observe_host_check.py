@@ -25,7 +25,7 @@ def ask(app, host):
     if host is not None:
         environ["HTTP_HOST"] = host
     status = []
-    body = b"".join(app(environ, lambda line, headers: status.append(line)))
+    body = b"".join(app(environ, lambda line, _headers: status.append(line)))
     return int(status[0].split()[0]), body
 
 

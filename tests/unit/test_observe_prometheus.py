@@ -11,6 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from itertools import pairwise
 from wsgiref.util import setup_testing_defaults
 
 import pytest
@@ -37,6 +38,10 @@ LATENCY = "mem_page_aligned_alloc_latency_seconds"
 def churn(allocator, n, nbytes=100):
     for _ in range(n):
         allocator.alloc(nbytes).close()
+
+
+def n_timed(allocator):
+    return sum(histogram.n_samples for histogram in allocator.latencies())
 
 
 def families(text):
@@ -99,11 +104,11 @@ def test_the_histogram_is_cumulative_in_buckets_of_a_factor_of_two():
         assert edges[0] == 16e-9
         assert edges[-1] == math.inf
         assert 65e-3 < edges[-2] < 68e-3
-        for lower, upper in zip(edges[:-2], edges[1:-1], strict=True):
+        for lower, upper in pairwise(edges[:-1]):
             assert upper / lower == pytest.approx(2, rel=1e-6)
         counts = list(before.values())
         assert counts == sorted(counts)
-        assert counts[-1] >= 500
+        assert counts[-1] >= allocator.latencies()[0].n_samples > 400
 
 
 def test_a_quantile_of_the_buckets_is_that_of_the_samples():
@@ -130,11 +135,9 @@ def test_histograms_of_all_allocators_are_one():
         churn(first, 10)
         churn(second, 20)
         found = collected(collector)
-        assert n_latencies(found) == n_before + 30
-        keys = [tuple(one.labels.values()) for one in found[LATENCY].samples]
-        assert len(keys) == len(set(keys)) or all(
-            one.labels.get("le") or one.name for one in found[LATENCY].samples
-        )
+        assert n_latencies(found) == n_before + n_timed(first) + n_timed(second)
+        series = [(one.name, *one.labels.values()) for one in found[LATENCY].samples]
+        assert len(series) == len(set(series))
 
 
 def test_a_closed_allocator_stays_in_the_histogram():
@@ -142,16 +145,17 @@ def test_a_closed_allocator_stays_in_the_histogram():
     n_before = n_latencies(collected(collector))
     with PageAllocator(backing="base", time_every=1) as allocator:
         churn(allocator, 50)
-        assert n_latencies(collected(collector)) == n_before + 50
+        n_after = n_before + n_timed(allocator)
+        assert n_latencies(collected(collector)) == n_after > n_before
         sum_s = n_latencies(collected(collector), "_sum")
     gc.collect()
     for _ in range(3):
         found = collected(collector)
-        assert n_latencies(found) == n_before + 50
+        assert n_latencies(found) == n_after
         assert n_latencies(found, "_sum") == pytest.approx(sum_s)
     with PageAllocator(backing="base", time_every=1) as other:
-        churn(other, 5)
-        assert n_latencies(collected(collector)) == n_before + 55
+        churn(other, 20)
+        assert n_latencies(collected(collector)) == n_after + n_timed(other) > n_after
 
 
 def test_counters_of_a_closed_allocator_end():
@@ -163,7 +167,7 @@ def test_counters_of_a_closed_allocator_end():
 
 
 def test_registering_reads_nothing(monkeypatch):
-    monkeypatch.setattr(LatencyTotals, "update", lambda self: pytest.fail("it was collected"))
+    monkeypatch.setattr(LatencyTotals, "update", lambda _: pytest.fail("it was collected"))
     registry = CollectorRegistry(auto_describe=True)
     registry.register(PageallocCollector())
     assert all(isinstance(one, Metric) for one in PageallocCollector().describe())
@@ -213,7 +217,7 @@ def test_mounted_in_a_wsgi_app():
     setup_testing_defaults(environ)
     statuses = []
     app = prometheus_client.make_wsgi_app(registry)
-    body = b"".join(app(environ, lambda status, headers: statuses.append(status)))
+    body = b"".join(app(environ, lambda status, _headers: statuses.append(status)))
     assert statuses == ["200 OK"]
     assert LATENCY in families(body.decode())
 

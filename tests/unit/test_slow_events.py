@@ -63,7 +63,7 @@ def test_a_listener_that_raises_harms_nobody(events):
 
 def test_listeners_are_called_in_the_thread_that_was_slow():
     threads = []
-    remove = on_slow_event(lambda event: threads.append(threading.current_thread()))
+    remove = on_slow_event(lambda _event: threads.append(threading.current_thread()))
 
     def work():
         with slow_event("nap"):
