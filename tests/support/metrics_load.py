@@ -36,11 +36,12 @@ def allocate_and_free(allocator, stop, seed):
 
 
 def open_and_close(stop):
-    """Use an allocator for a moment, and the next."""
+    """Use an allocator for a moment, and the next, for a size that nobody else asks for."""
+    nbytes = 256 * page_size_bytes()
     while not stop.is_set():
         with PageAllocator(time_every=1) as allocator:
             for _ in range(100):
-                allocator.alloc(100).close()
+                allocator.alloc(nbytes).close()
             stop.wait(0.7)
 
 

@@ -12,7 +12,7 @@ from pagealloc import PageAllocator
 from pagealloc.kv import KVCache
 from pagealloc.observe.readings import described_metrics, readings
 from pagealloc.observe.snapshot import take_snapshot
-from pagealloc.slow_events import slow_event
+from pagealloc.slow_events import SlowEvent, slow_event, tell_slow_event
 
 pytest.importorskip("opentelemetry.sdk")
 
@@ -206,6 +206,12 @@ def test_what_fails_is_an_error_span(exporter):
     (span,) = exporter.get_finished_spans()
     assert span.status.status_code == StatusCode.ERROR
     assert span.events[0].attributes["exception.message"] == "full"
+
+
+def test_a_span_has_the_times_of_its_event(exporter):
+    tell_slow_event(SlowEvent("nap", begun_at_ns=5, ended_at_ns=7, attributes={}))
+    (span,) = exporter.get_finished_spans()
+    assert (span.start_time, span.end_time) == (5, 7)
 
 
 def test_no_span_after_the_end(exporter):

@@ -20,8 +20,10 @@ from stress import in_child, running
 
 from pagealloc import LatencyHistogram, PageAllocator, page_size_bytes
 from pagealloc.kv import KVCache
+from pagealloc.observe import latency_totals
 from pagealloc.observe.latency_totals import LatencyTotals
 from pagealloc.observe.readings import described_metrics
+from pagealloc.observe.snapshot import take_snapshot
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
@@ -156,6 +158,24 @@ def test_a_closed_allocator_stays_in_the_histogram():
     with PageAllocator(backing="base", time_every=1) as other:
         churn(other, 20)
         assert n_latencies(collected(collector)) == n_after + n_timed(other) > n_after
+
+
+def test_snapshots_of_one_collector_are_taken_one_after_another(monkeypatch):
+    inside, most_inside = [], []
+
+    def take_slowly():
+        inside.append(1)
+        most_inside.append(len(inside))
+        threading.Event().wait(0.01)
+        inside.pop()
+        return take_snapshot()
+
+    monkeypatch.setattr(latency_totals, "take_snapshot", take_slowly)
+    totals = LatencyTotals()
+    threads = [threading.Thread(target=totals.update) for _ in range(4)]
+    with running(threading.Event(), *threads):
+        pass
+    assert most_inside == [1] * 4
 
 
 def test_counters_of_a_closed_allocator_end():

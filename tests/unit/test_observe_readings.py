@@ -109,6 +109,14 @@ def test_the_figures_of_an_allocator():
         assert found["pagealloc_conflicting_frees",] == own.stats.n_conflicts
 
 
+def test_what_every_allocator_tells_of_the_process_is_told_once():
+    with PageAllocator(backing="base"), PageAllocator(backing="base"):
+        metrics = {metric.name: metric for metric in readings(take_snapshot())}
+    assert len(metrics["pagealloc_allocs"].samples) >= 2
+    for name in ("pagealloc_conflicting_frees", "pagealloc_abandoned_bytes"):
+        assert [sample.labels for sample in metrics[name].samples] == [{}]
+
+
 def test_what_is_unknown_or_unlimited_has_no_sample():
     with PageAllocator(backing="base"):
         snapshot = take_snapshot()
