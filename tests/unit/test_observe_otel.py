@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 
 import pytest
 from prefixes import layout_of, publish
@@ -219,6 +220,21 @@ def test_no_span_after_the_end(exporter):
     with slow_event("nap"):
         pass
     assert exporter.get_finished_spans() == ()
+
+
+# --- how it is switched on ---
+
+
+def test_opentelemetry_instrument_finds_it(monkeypatch):
+    switched_on = []
+    monkeypatch.setattr(otel, "instrument", lambda: switched_on.append(1))
+    (entry,) = [
+        one
+        for one in entry_points(group="opentelemetry_instrumentor")
+        if one.value.startswith("pagealloc.")
+    ]
+    entry.load()().instrument(skip_dep_check=True)
+    assert switched_on == [1]
 
 
 # --- without OpenTelemetry ---

@@ -5,6 +5,7 @@ import gc
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from prefixes import layout_of, publish
 
@@ -12,6 +13,8 @@ from pagealloc import AllocatorStats, PageAllocator, page_size_bytes
 from pagealloc.kv import KVCache, KVStats, PrefixStats
 from pagealloc.observe.readings import TABLES, described_metrics, readings
 from pagealloc.observe.snapshot import Snapshot, take_snapshot
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 # Numbers that are no figures, and why.
 LEFT_OUT = {
@@ -77,6 +80,15 @@ def test_every_figure_is_explained_in_a_sentence_of_its_own():
         assert len(metric.help.split()) > 1, metric
         assert not re.search(r"[`\n]|  ", metric.help), metric
     assert len({metric.help for metric in metrics}) == len(metrics)
+
+
+def test_the_documentation_lists_them_as_they_are():
+    text = (ROOT / "docs/metrics.md").read_text()
+    rows = re.findall(r"^\| `(pagealloc_\w+)` \| (.*) \|$", text, re.MULTILINE)
+    suffixes = {"counter": "_total", "gauge": ""}
+    assert rows == [
+        (metric.name + suffixes[metric.kind], metric.help) for metric in described_metrics()
+    ]
 
 
 def test_names_are_prometheus_s():
