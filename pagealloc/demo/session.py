@@ -33,6 +33,7 @@ from pagealloc.demo.tokenizer import Tokenizer
 from pagealloc.demo.weights import LlamaShape, open_gguf, read_shape
 from pagealloc.kv import KVCache
 from pagealloc.kv.quantisation import KV_KINDS
+from pagealloc.slow_events import slow_event
 from pagealloc.units import format_bytes
 
 __all__ = [
@@ -148,20 +149,23 @@ def run_prompt(options: DemoOptions, question: str) -> int:
         kv = PagedKV(cache.sequence())
         stream = TextStream(model.tokenizer)
         started = perf_counter()
-        hidden = prefill(llama, kv, prompt_ids)
-        first_token_s = perf_counter() - started
-        n_tokens = 0
-        for token_id in generate(
-            llama,
-            kv,
-            hidden,
-            Sampler(options.temperature, options.seed),
-            max_new_tokens=options.max_new_tokens,
-            stop_ids=model.tokenizer.stop_ids,
-        ):
-            n_tokens += 1
-            sys.stdout.write(stream.push(token_id))
-            sys.stdout.flush()
+        with slow_event("demo_request") as request:
+            hidden = prefill(llama, kv, prompt_ids)
+            first_token_s = perf_counter() - started
+            n_tokens = 0
+            for token_id in generate(
+                llama,
+                kv,
+                hidden,
+                Sampler(options.temperature, options.seed),
+                max_new_tokens=options.max_new_tokens,
+                stop_ids=model.tokenizer.stop_ids,
+            ):
+                n_tokens += 1
+                sys.stdout.write(stream.push(token_id))
+                sys.stdout.flush()
+            request["n_prompt_tokens"] = len(prompt_ids)
+            request["n_tokens"] = n_tokens
         elapsed_s = perf_counter() - started
         held_bytes = cache.stats().held_bytes
         sys.stdout.write(

@@ -1,7 +1,8 @@
 """OpenTelemetry: the figures of this process as observable instruments, slow events as spans.
 
 Purpose
-    ``instrument()`` once, after the program has configured its providers.
+    ``instrument()`` once, after the program has configured its providers; or
+    ``opentelemetry-instrument program``, which does both.
 Structure
     ::
 
@@ -43,7 +44,7 @@ from pagealloc.slow_events import SlowEvent, on_slow_event
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["instrument"]
+__all__ = ["Instrumentor", "instrument"]
 
 BUCKET_NAME = "mem_page_aligned_alloc_latency_bucket"
 SUM_NAME = "mem_page_aligned_alloc_latency_seconds_sum"
@@ -108,6 +109,14 @@ def instrument(
         figures.stop()
 
     return stop
+
+
+class Instrumentor:
+    """What ``opentelemetry-instrument`` finds by the entry point, and makes."""
+
+    def instrument(self, **_options: object) -> None:
+        """Report to the providers that it has configured."""
+        instrument()
 
 
 def _unit(metric: Metric) -> str:
