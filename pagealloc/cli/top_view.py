@@ -144,9 +144,9 @@ def _head(history: History, snapshot: Snapshot, note: str) -> RenderableType:
             sparkline(_last(history, "purged_bytes_per_s")),
         ),
         _card(
-            "P99 of allocations",
+            "allocation P99",
             format_duration(latency.p99_ns if latency else None),
-            sparkline(history.p99s_ns("all")[-CARD_POINTS:], is_log=True),
+            _p99s(history, "all", CARD_POINTS),
         ),
     )
     return Group(title, cards)
@@ -158,6 +158,11 @@ def _card(label: str, value: str, line: str) -> Text:
 
 def _last(history: History, field: str) -> list[float | None]:
     return [getattr(point, field) for point in history.points[-CARD_POINTS:]]
+
+
+def _p99s(history: History, size_class: str, n_points: int) -> str:
+    p99s_ns = [each.p99_ns for each in history.series(size_class)]
+    return sparkline(p99s_ns[-n_points:], is_log=True)
 
 
 def _allocator(reading: AllocatorReading, width: int, n_rows: int) -> RenderableType:
@@ -195,7 +200,7 @@ def _allocator(reading: AllocatorReading, width: int, n_rows: int) -> Renderable
     return _panel(f"allocator {reading.name}", Group(bars, figures, tables))
 
 
-def _arenas(arenas: Sequence[ArenaStats], n_rows: int) -> Table:
+def _arenas(arenas: Sequence[ArenaStats], n_rows: int) -> RenderableType:
     table = _table(
         "arena", "asked → got", "reserved", "committed", "held", "huge", "node", n_left=2
     )
@@ -214,11 +219,10 @@ def _arenas(arenas: Sequence[ArenaStats], n_rows: int) -> Table:
             "-" if each.huge_bytes is None else format_bytes(each.huge_bytes),
             "-" if each.numa_node is None else str(each.numa_node),
         )
-    _add_rest(table, len(arenas) - len(shown), "arenas")
-    return table
+    return _with_rest(table, len(arenas) - len(shown), "arenas")
 
 
-def _classes(classes: Sequence[ClassStats], n_rows: int) -> Table:
+def _classes(classes: Sequence[ClassStats], n_rows: int) -> RenderableType:
     table = _table("class", "live", "idle", "slabs", "unused", "in use", n_left=0)
     used = [each for each in classes if each.n_live or each.n_idle or each.n_slabs]
     shown = sorted(used, key=lambda each: -each.block_bytes * (each.n_live + each.n_idle))
@@ -232,8 +236,7 @@ def _classes(classes: Sequence[ClassStats], n_rows: int) -> Table:
             f"{each.n_unused:,}" if each.n_slabs else "-",
             format_bytes(each.block_bytes * each.n_live) if each.block_bytes else "-",
         )
-    _add_rest(table, len(used) - len(shown), "classes")
-    return table
+    return _with_rest(table, len(used) - len(shown), "classes")
 
 
 def _latencies(history: History, width: int, n_rows: int) -> RenderableType | None:
@@ -250,11 +253,12 @@ def _latencies(history: History, width: int, n_rows: int) -> RenderableType | No
             f"{latency.n_samples:,}",
             format_duration(latency.p50_ns),
             format_duration(latency.p99_ns),
-            sparkline(history.p99s_ns(name)[-(width - 50) :], is_log=True),
+            _p99s(history, name, width - 50),
         )
-    _add_rest(table, len(found) - len(names), "sizes")
     span = f"of the last {history.duration_s:.0f} s" if len(history.points) > 1 else "so far"
-    return _panel(f"latency of allocations, {span}", table)
+    return _panel(
+        f"latency of allocations, {span}", _with_rest(table, len(found) - len(names), "sizes")
+    )
 
 
 def _cache(reading: CacheReading) -> RenderableType:
@@ -330,9 +334,10 @@ def _table(*columns: str, n_left: int) -> Table:
     return table
 
 
-def _add_rest(table: Table, n_left_out: int, what: str) -> None:
-    if n_left_out > 0:
-        table.add_row(Text(f"and {n_left_out:,} more {what}", style="dim"))
+def _with_rest(table: Table, n_left_out: int, what: str) -> RenderableType:
+    if n_left_out <= 0:
+        return table
+    return Group(table, Text(f"{n_left_out:,} more {what}", style="dim"))
 
 
 def _panel(title: str, content: RenderableType) -> Panel:

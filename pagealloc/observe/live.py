@@ -43,6 +43,9 @@ class Latency(NamedTuple):
     p99_ns: float | None
 
 
+NOT_TIMED = Latency(0, None, None)
+
+
 @dataclass(frozen=True)
 class Point:
     """What a process held at a moment, and what it did since the point before.
@@ -129,12 +132,9 @@ class History:
         before = self._snapshots[0] if len(self._snapshots) > 1 else None
         return latencies_between(before, self._snapshots[-1])
 
-    def p99s_ns(self, size_class: str) -> list[float | None]:
-        """Return the P99 of each point, None where no allocation of the class was timed."""
-        return [
-            found.p99_ns if (found := point.latencies.get(size_class)) else None
-            for point in self._points
-        ]
+    def series(self, size_class: str) -> list[Latency]:
+        """Return what each point says of a size class, or of ``"all"``."""
+        return [point.latencies.get(size_class, NOT_TIMED) for point in self._points]
 
 
 def latencies_between(before: Snapshot | None, after: Snapshot) -> dict[str, Latency]:
@@ -232,7 +232,7 @@ def _difference(before: LatencyHistogram | None, after: LatencyHistogram) -> Lat
 def _latency(histograms: Iterable[LatencyHistogram]) -> Latency:
     total = LatencyHistogram.total(histograms)
     if not total.n_samples:
-        return Latency(0, None, None)
+        return NOT_TIMED
     return Latency(total.n_samples, total.percentile_ns(50), total.percentile_ns(99))
 
 

@@ -15,15 +15,12 @@ import json
 import math
 from dataclasses import fields, is_dataclass
 from functools import cache
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pagealloc import LatencyHistogram
 from pagealloc.kv import KVStats, PrefixStats
 from pagealloc.observe.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 __all__ = ["MOST_BYTES", "as_plain", "snapshot_from_json", "snapshot_to_json"]
 
@@ -73,8 +70,7 @@ def snapshot_from_json(text: str | bytes) -> Snapshot:
 def as_plain(value: Any) -> Any:
     """Return statistics as dicts, lists and scalars."""
     if is_dataclass(value) or _is_named_tuple(type(value)):
-        kind: Any = type(value)
-        return {name: as_plain(getattr(value, name)) for name in _fields(kind)}
+        return {name: as_plain(getattr(value, name)) for name in _names(type(value))}
     if isinstance(value, tuple):
         return [as_plain(each) for each in value]
     return value
@@ -132,17 +128,19 @@ def _read_scalar(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
+def _names(kind: Any) -> list[str]:
+    """Return the names of what a class is made of."""
+    if is_dataclass(kind):
+        return [each.name for each in fields(kind) if each.init]
+    return list(kind._fields)
+
+
 @cache
 def _fields(kind: Any) -> dict[str, Any]:
     """Return what a class is made of, and the type of each."""
-    names: Iterable[str]
-    if is_dataclass(kind):
-        names = [each.name for each in fields(kind) if each.init]
-    else:
-        names = kind._fields
     # `snapshot` imports these two for type checkers only.
     hints = get_type_hints(kind, localns={"KVStats": KVStats, "PrefixStats": PrefixStats})
-    return {name: NoneType if hints[name] is None else hints[name] for name in names}
+    return {name: hints[name] for name in _names(kind)}
 
 
 def _is_named_tuple(kind: Any) -> bool:

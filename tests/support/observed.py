@@ -11,12 +11,13 @@ import time
 
 import numpy as np
 
-from pagealloc import PageAllocator
+from pagealloc import PageAllocator, page_size_bytes
 from pagealloc.kv import KVCache, KVLayout
 from pagealloc.observe import serve, start_feed
 
 SIZES_BYTES = (64, 192, 512, 1024, 4096, 4096, 16384, 65536, 262144, 1 << 20)
 MOST_BLOCKS = 600
+PAGE_BYTES = page_size_bytes()
 PROMPT_TOKENS = 256
 LAYOUT = {"n_layers": 16, "n_kv_heads": 4, "head_dim": 64, "max_tokens": 2048}
 
@@ -25,8 +26,7 @@ def churn(allocator, blocks, rng, n_allocs):
     """Allocate and touch blocks of many sizes; others go when there are too many."""
     for _ in range(n_allocs):
         block = allocator.alloc(rng.choice(SIZES_BYTES))
-        with memoryview(block) as view:
-            view[0] = 1
+        np.frombuffer(block, np.uint8)[::PAGE_BYTES] = 1
         blocks.append(block)
         if len(blocks) > MOST_BLOCKS:
             blocks.pop(rng.randrange(len(blocks))).close()
@@ -44,18 +44,19 @@ class Conversations:
         self._open = []
 
     def turn(self, rng):
-        """Begin a conversation, end one if there are many, and let all others go on."""
+        """End a conversation if there are many, or else begin one; all others go on."""
         if len(self._open) > 6:
             self._open.pop(rng.randrange(len(self._open))).close()
-        seq = self._cache.sequence([*self._prompt, 1 << 16, rng.randrange(100)])
-        while len(seq) < PROMPT_TOKENS + 2:
-            seq.append_token(self._rows)
-        seq.publish()
-        self._open.append(seq)
-        if len(self._open) < 5:
-            self._open.append(seq.fork())
+        else:
+            seq = self._cache.sequence([*self._prompt, 1 << 16, rng.randrange(100)])
+            while len(seq) < PROMPT_TOKENS + 2:
+                seq.append_token(self._rows)
+            seq.publish()
+            self._open.append(seq)
+        if len(self._open) in (2, 4):
+            self._open.append(self._open[-1].fork())
         for each in self._open:
-            for _ in range(rng.randrange(1, 12)):
+            for _ in range(rng.randrange(10, 40)):
                 if len(each) < LAYOUT["max_tokens"]:
                     each.append_token(self._rows)
 
@@ -76,7 +77,7 @@ def main():
         while not select.select([sys.stdin], [], [], 0)[0]:
             turn += 1
             churn(allocator, blocks, rng, 400 if turn // 40 % 3 else 1500)
-            if turn % 8 == 0:
+            if turn % 16 == 0:
                 conversations.turn(rng)
             if turn % 150 == 0:
                 allocator.trim()
