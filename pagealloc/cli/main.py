@@ -11,7 +11,16 @@ from pagealloc.errors import PageallocError
 
 __all__ = ["main"]
 
-SUBCOMMANDS = ("info", "plan", "cache", "demo", "profile", "dashboard")
+SUBCOMMANDS = (
+    "info",
+    "plan",
+    "cache",
+    "demo",
+    "profile",
+    "top",
+    "serve",
+    "dashboard",
+)
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

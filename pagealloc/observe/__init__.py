@@ -5,6 +5,18 @@ Rooms, bottom up::
     system_report    the machine's memory, as the kernel tells it
     snapshot         all that the process counts, read once
     readings         every figure of it, named
+    snapshot_json    snapshots as text
+    live             what changes between snapshots
+    latency_totals   latency histograms that never fall
+    host_check       who may ask by HTTP
+    http_server      who answers
+    prometheus       metrics as Prometheus has them (extra `metrics`)
+    otel             metrics and spans as OpenTelemetry has them (extra `otel`)
+    dashboard        what Grafana and Prometheus import
+    feed             shows this process to its user's others
+    feed_reader      reads what they show
+    web              the page of `pagealloc serve`
+    script           a script, run as python would
     profiles         values by stack
     pprof            their files
     flamegraph       their pages
@@ -15,14 +27,7 @@ Rooms, bottom up::
     native_code      whose code that is
     cpu_profile      CPU time
     profiling        a profile of any kind, by name
-    script           a script, run as python would
-    latency_totals   latency histograms that never fall
-    host_check       who may ask by HTTP
-    http_server      who answers
     pprof_server     profiles by HTTP
-    prometheus       metrics as Prometheus has them (extra `metrics`)
-    otel             metrics and spans as OpenTelemetry has them (extra `otel`)
-    dashboard        what Grafana and Prometheus import
 
     >>> import pagealloc.observe
     >>> server, thread = pagealloc.observe.start_http_server(9100)  # doctest: +SKIP
@@ -32,14 +37,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pagealloc.observe.feed import start_feed
     from pagealloc.observe.pprof_server import start_profile_server
     from pagealloc.observe.profiling import profile
     from pagealloc.observe.prometheus import PageallocCollector, start_http_server
     from pagealloc.observe.snapshot import take_snapshot
+    from pagealloc.observe.web import serve
 
 __all__ = [
     "PageallocCollector",
     "profile",
+    "serve",
+    "start_feed",
     "start_http_server",
     "start_profile_server",
     "take_snapshot",
@@ -48,6 +57,8 @@ __all__ = [
 _ROOMS = {
     "PageallocCollector": "prometheus",
     "profile": "profiling",
+    "serve": "web",
+    "start_feed": "feed",
     "start_http_server": "prometheus",
     "start_profile_server": "pprof_server",
     "take_snapshot": "snapshot",
