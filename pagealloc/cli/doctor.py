@@ -10,10 +10,12 @@ import sys
 import threading
 import traceback
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pagealloc.cli import CommandError
+from pagealloc.errors import BackingUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -67,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
         if os.getpid() != pid:  # a child of the script's, which nobody watches
             raise SystemExit(code)
         settle(watch)
-    found_code = report(examine(watch.evidence()), as_json=args.json)
-    return found_code or code
+    unavailable = tuple(str(each) for each in kept if isinstance(each, BackingUnavailableError))
+    findings = examine(replace(watch.evidence(), unavailable=unavailable))
+    return report(findings, as_json=args.json) or code
 
 
 def report(findings: Sequence[Finding], *, as_json: bool) -> int:

@@ -76,6 +76,9 @@ class Evidence:
         At the moment of most mappings.
     trials : tuple of Trial
         What came of asking for backings here.
+    unavailable : tuple of str
+        What `BackingUnavailableError` said that nobody caught: an allocator or cache of which
+        nothing is left to be seen.
     numa_before, numa_after : NumaCounts or None
         Around the snapshots.
     n_lock_waits, lock_wait_ns : int or None
@@ -87,6 +90,7 @@ class Evidence:
     snapshots: tuple[Snapshot, ...] = ()
     process: ProcessFacts = NOTHING_KNOWN
     trials: tuple[Trial, ...] = ()
+    unavailable: tuple[str, ...] = ()
     numa_before: NumaCounts | None = None
     numa_after: NumaCounts | None = None
     n_lock_waits: int | None = None

@@ -140,6 +140,12 @@ def huge_pages_not_achieved(evidence: Evidence) -> Finding | None:
                 f"allocator {name}: of {format_bytes(split.stats.held_bytes)} held, huge pages map "
                 f"only {format_bytes(split.stats.huge_bytes or 0)}"
             )
+    for message in () if seen else evidence.unavailable:
+        asked = [name for name in HUGE_BACKINGS if f"backing={name!r}" in message]
+        if asked:
+            hugetlb_asked |= "hugetlb" in asked
+            base_bytes += DEFAULT_ARENA_BYTES
+            seen.append(f"the program ended of it: {message}")
     if not evidence.snapshots and huge_bytes <= 2 * DEFAULT_ARENA_BYTES:
         for trial in evidence.trials:
             if trial.requested == "auto" and trial.achieved == "base":
