@@ -16,6 +16,7 @@ SUBCOMMANDS = (
     "plan",
     "cache",
     "demo",
+    "doctor",
     "profile",
     "top",
     "serve",

@@ -2,32 +2,40 @@
 
 Rooms, bottom up::
 
-    system_report    the machine's memory, as the kernel tells it
-    snapshot         all that the process counts, read once
-    readings         every figure of it, named
-    snapshot_json    snapshots as text
-    live             what changes between snapshots
-    latency_totals   latency histograms that never fall
-    host_check       who may ask by HTTP
-    http_server      who answers
-    prometheus       metrics as Prometheus has them (extra `metrics`)
-    otel             metrics and spans as OpenTelemetry has them (extra `otel`)
-    dashboard        what Grafana and Prometheus import
-    feed             shows this process to its user's others
-    feed_reader      reads what they show
-    web              the page of `pagealloc serve`
-    script           a script, run as python would
-    profiles         values by stack
-    pprof            their files
-    flamegraph       their pages
-    stacks           Python calls, noted; the lock of all samplers
-    heap_profile     bytes allocated and live
-    wait_profile     time waited for mutexes of the core
-    thread_capture   where other threads are in native code
-    native_code      whose code that is
-    cpu_profile      CPU time
-    profiling        a profile of any kind, by name
-    pprof_server     profiles by HTTP
+    system_report         the machine's memory, as the kernel tells it
+    backing_trial         what of it can be had
+    straddling            rows that lie in two pages
+    snapshot              all that the process counts, read once
+    readings              every figure of it, named
+    snapshot_json         snapshots as text
+    live                  what changes between snapshots
+    latency_totals        latency histograms that never fall
+    host_check            who may ask by HTTP
+    http_server           who answers
+    prometheus            metrics as Prometheus has them (extra `metrics`)
+    otel                  metrics and spans as OpenTelemetry has them (extra `otel`)
+    dashboard             what Grafana and Prometheus import
+    feed                  shows this process to its user's others
+    feed_reader           reads what they show
+    web                   the page of `pagealloc serve`
+    script                a script, run as python would
+    profiles              values by stack
+    pprof                 their files
+    flamegraph            their pages
+    stacks                Python calls, noted; the lock of all samplers
+    heap_profile          bytes allocated and live
+    wait_profile          time waited for mutexes of the core
+    thread_capture        where other threads are in native code
+    native_code           whose code that is
+    cpu_profile           CPU time
+    profiling             a profile of any kind, by name
+    pprof_server          profiles by HTTP
+    doctor_finding        what a rule finds
+    doctor_evidence       what rules look at
+    doctor_machine_rules  those about the machine
+    doctor_use_rules      those about what a process does
+    doctor_watch          evidence, gathered
+    doctor                all rules, asked
 
     >>> import pagealloc.observe
     >>> server, thread = pagealloc.observe.start_http_server(9100)  # doctest: +SKIP

@@ -23,6 +23,7 @@ from pagealloc import AllocatorStats, ClosedError, LatencyHistogram, PageAllocat
 from pagealloc.core.heap_owner import open_heaps
 from pagealloc.core.lock_waits import lock_wait_counts
 from pagealloc.kv.open_caches import open_caches
+from pagealloc.observe.straddling import NO_ROWS, StraddlingRows, straddling_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,6 +43,8 @@ class AllocatorReading:
     """A number, in the order they were made."""
     stats: AllocatorStats
     latencies: tuple[LatencyHistogram, ...]
+    backing: str = "auto"
+    """What was asked for, also if nothing of it could be had."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class CacheReading:
     prefixes: PrefixStats
     layout: str
     """Its layout, as it shows itself."""
+    straddling: StraddlingRows = NO_ROWS
+    """Which of its rows reach into one page more than they need, as they come."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +126,17 @@ def _open_only(read: Callable[[str, Any], _Reading], found: list[Any]) -> Iterat
 
 
 def _read_allocator(name: str, allocator: PageAllocator) -> AllocatorReading:
-    return AllocatorReading(name, allocator.stats(), allocator.latencies())
+    return AllocatorReading(name, allocator.stats(), allocator.latencies(), allocator.backing)
 
 
 def _read_cache(name: str, cache: KVCache) -> CacheReading:
-    return CacheReading(name, cache.stats(), cache.prefixes.stats(), repr(cache.layout))
+    return CacheReading(
+        name,
+        cache.stats(),
+        cache.prefixes.stats(),
+        repr(cache.layout),
+        straddling_rows(cache.layout),
+    )
 
 
 def _resident_bytes() -> int:
