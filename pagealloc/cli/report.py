@@ -1,6 +1,7 @@
 """``pagealloc report``: where each percent came from, one step at a time."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 from pagealloc.cli.arguments import positive
@@ -73,4 +74,24 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
     )
-    return run_report(ReportOptions(work, args.output, args.rounds, prints_json=args.json))
+    return run_report(
+        ReportOptions(
+            work,
+            folder=args.output,
+            n_rounds=args.rounds,
+            command=_command(args),
+            prints_json=args.json,
+        )
+    )
+
+
+def _command(args: argparse.Namespace) -> str:
+    """Return what repeats the measurement; where its files go makes no difference to it."""
+    words = ["pagealloc", "report"]
+    if args.quick:
+        words += ["--quick", "--seed", str(args.seed)]
+    elif args.model is not None:
+        words += ["--model", Path(args.model).name]
+    for option in ("rounds", "conversations", "n_ctx", "max_new_tokens"):
+        words += ["--" + option.replace("_", "-"), str(getattr(args, option))]
+    return shlex.join(words)

@@ -74,6 +74,7 @@ FIGURES = (
         lambda run: run.side.faults_first_inference,
     ),
     Figure("alloc_p99", "alloc_p99_ns", lambda run: run.allocations.p99_ns, REFERENCE_P99_PERCENT),
+    Figure("malloc_p99", "malloc_p99_ns", lambda run: run.allocations.malloc_p99_ns),
     Figure("alloc_p50", "alloc_p50_ns", lambda run: run.allocations.p50_ns),
 )
 
@@ -92,7 +93,7 @@ class TakenStep:
     def values(self, key: str) -> list[float]:
         """Return a figure in each round."""
         figure = next(each for each in FIGURES if each.key == key)
-        return [float(figure.read(run)) for run in self.runs]
+        return [figure.read(run) for run in self.runs]
 
     def value(self, key: str) -> float:
         """Return the median of a figure."""

@@ -5,6 +5,9 @@ prompt of 256 tokens and of an answer of 64; when a batch is done, all its block
 allocators are asked in the same way, by ``np.empty``: the one is NumPy's own, which is malloc, the
 other pagealloc's under NumPy (`numpy_handler`).
 
+malloc is asked for the same blocks at every step, first, so that what smaller blocks gain can be
+told from what the allocator gains.
+
 Each call is timed alone.  One byte of each page of a block is written, outside the time: what a
 fault costs shows in the faults.  The first tenth of the batches is not counted: a server's
 allocator is a warm one.
@@ -12,7 +15,6 @@ allocator is a warm one.
 
 import json
 import sys
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from time import perf_counter_ns
 from typing import Any, Self
@@ -58,23 +60,28 @@ class AllocationResult:
     n_allocations: int
     p50_ns: float
     p99_ns: float
+    malloc_p99_ns: float  # of the same blocks from NumPy's malloc
 
 
 def time_allocations(job: AllocationJob) -> AllocationResult:
     """Do the job in this process."""
+    taken_ns = _time_batches(job)
+    malloc_p99_ns = float(np.percentile(taken_ns, 99))
+    if job.backing is not None:
+        with PageAllocator(backing=job.backing) as allocator, numpy_handler(allocator):
+            taken_ns = _time_batches(job)
+    p50_ns, p99_ns = np.percentile(taken_ns, (50, 99)).tolist()
+    return AllocationResult(job.block_bytes, len(taken_ns), p50_ns, p99_ns, malloc_p99_ns)
+
+
+def _time_batches(job: AllocationJob) -> list[int]:
+    """Serve all batches; return the time of each allocation that counts."""
     sizes = np.random.default_rng(job.seed).integers(1, MAX_BATCH_REQUESTS + 1, job.n_batches)
     n_warm_up = job.n_batches // WARM_UP_SHARE
     taken_ns: list[int] = []
-    with ExitStack() as stack:
-        if job.backing is not None:
-            allocator = stack.enter_context(PageAllocator(backing=job.backing))
-            stack.enter_context(numpy_handler(allocator))
-        for n_requests in sizes[:n_warm_up].tolist():
-            _batch(job, n_requests, [])
-        for n_requests in sizes[n_warm_up:].tolist():
-            _batch(job, n_requests, taken_ns)
-    p50_ns, p99_ns = np.percentile(taken_ns, (50, 99)).tolist()
-    return AllocationResult(job.block_bytes, len(taken_ns), p50_ns, p99_ns)
+    for index, n_requests in enumerate(sizes.tolist()):
+        _batch(job, n_requests, taken_ns if index >= n_warm_up else [])
+    return taken_ns
 
 
 def _batch(job: AllocationJob, n_requests: int, taken_ns: list[int]) -> None:

@@ -17,7 +17,7 @@ CHARTS = {
 }
 """File name, title, unit, and how much of the figure one unit is."""
 
-LESS_COLOUR, MORE_COLOUR, CLAIM_COLOUR = "#0f8b8d", "#c8553d", "#d1495b"
+LESS_COLOUR, MORE_COLOUR, CLAIM_COLOUR = "#6fbcbd", "#e09f5a", "#d1495b"
 BAR_WIDTH = 0.62
 GRID_COLOUR = "#eceff1"
 
@@ -93,7 +93,8 @@ def _draw(axes: Any, attribution: Attribution, key: str, unit: str, unit_size: i
 
 def _label(axes: Any, position: float, height: float, text: str, first: float) -> None:
     axes.text(position, height + first * 0.015, text, ha="center", va="bottom", fontsize=10.5,
-              fontweight="bold", color=INK, zorder=4)  # fmt: skip
+              fontweight="bold", color=INK, zorder=4,
+              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
 
 
 def _draw_claim(axes: Any, key: str, first: float, end: int) -> None:
@@ -104,5 +105,5 @@ def _draw_claim(axes: Any, key: str, first: float, end: int) -> None:
     claimed = first * (1 + percent / 100)
     axes.plot((-0.5, end + 0.5), (claimed, claimed), color=CLAIM_COLOUR, linestyle=(0, (4, 3)),
               linewidth=1.3, zorder=3)  # fmt: skip
-    axes.text(end + 0.48, claimed + first * 0.015, f"reference {write_percent(percent)}",
+    axes.text(end + 0.48, claimed + first * 0.015, f"reference's claim {write_percent(percent)}",
               ha="right", va="bottom", fontsize=9.5, color=CLAIM_COLOUR, zorder=4)  # fmt: skip

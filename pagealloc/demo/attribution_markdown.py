@@ -21,10 +21,11 @@ METHOD = """\
   every conversation has its first token. The engine's own faults are in them, at every step.
 - **Allocation P99** is that of single calls of `np.empty` for a block of 16 tokens as the step
   stores them, in batches of 1 to 32 requests of 256 + 64 tokens, by NumPy's malloc or by pagealloc
-  under NumPy. What a first write costs is not in it, but in the faults.
-- **Percent points** are the difference from the step before, in percent of the first step, and add
-  up to the total. **The order matters**: a step is judged on top of those before it, and another
-  order gives the same total in other shares.
+  under NumPy. Blocks of fewer bits are smaller ones; "malloc, same blocks" is the P99 of malloc for
+  these. What a first write costs is not in it, but in the faults.
+- **pp**, percent points, are the difference from the step before, in percent of the first step;
+  they add up to the total. **The order matters**: a step is judged on top of those before it, and
+  another order gives the same total in other shares.
 - **Same tokens** is the share of the answers' tokens before the first that differs from float16's.
   What quantised rows cost in perplexity, `pagealloc demo --kv q4_0` measures."""
 
@@ -93,7 +94,7 @@ def summary_table(attribution: Attribution) -> str:
         same = 100 * share_of_same_tokens(reference, taken.token_ids)
         return [*_pairs(attribution, taken, SUMMARY), f"{same:.0f} %"]
 
-    header = ["KV memory held", "points", "page faults", "points", "alloc P99", "points",
+    header = ["KV memory held", "pp", "page faults", "pp", "alloc P99", "pp",
               "same tokens"]  # fmt: skip
     totals, claims = (
         [cell for key, _ in SUMMARY for cell in ("", f"**{write_percent(percents[key])}**")]
@@ -129,7 +130,7 @@ def _kv_table(attribution: Attribution) -> str:
         change = _of_step_before(attribution, taken, "kv_bytes")
         return [*_pairs(attribution, taken, SUMMARY[:1]), change, tables, huge]
 
-    header = ["held", "points", "of the step before", "page tables", "in huge pages"]
+    header = ["held", "pp", "of the step before", "page tables", "in huge pages"]
     return _table(["step", *header], _rows(attribution, cells, len(header)))
 
 
@@ -140,7 +141,7 @@ def _fault_table(attribution: Attribution) -> str:
         change = _of_step_before(attribution, taken, "n_faults")
         return [*_pairs(attribution, taken, keys), change]
 
-    header = ["start-up", "points", "first inference", "points", "together", "points",
+    header = ["start-up", "pp", "first inference", "pp", "together", "pp",
               "of the step before"]  # fmt: skip
     return _table(["step", *header], _rows(attribution, cells, len(header)))
 
@@ -154,10 +155,20 @@ def _allocation_table(attribution: Attribution) -> str:
             _time(taken.value("alloc_p50_ns")),
             *_pairs(attribution, taken, SUMMARY[2:]),
             _of_step_before(attribution, taken, "alloc_p99_ns"),
+            _time(taken.value("malloc_p99_ns")),
             f"{_time(min(values_ns))} to {_time(max(values_ns))}",
         ]
 
-    header = ["block", "calls", "P50", "P99", "points", "of the step before", "P99 by round"]
+    header = [
+        "block",
+        "calls",
+        "P50",
+        "P99",
+        "pp",
+        "of the step before",
+        "malloc, same blocks",
+        "P99 by round",
+    ]
     return _table(["step", *header], _rows(attribution, cells, len(header)))
 
 

@@ -2,9 +2,7 @@
 
 import json
 import platform
-import shlex
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -45,8 +43,8 @@ class ReportOptions:
     work: DemoOptions
     folder: Path
     n_rounds: int
+    command: str  # repeats the run
     prints_json: bool = False
-    command: list[str] = field(default_factory=lambda: ["pagealloc", *sys.argv[1:]])
 
 
 def run_report(options: ReportOptions) -> int:
@@ -124,7 +122,7 @@ def _facts(options: ReportOptions, model: OpenModel, job: SideJob) -> dict[str, 
         "libc": " ".join(platform.libc_ver()),
     }
     return {
-        "command": shlex.join(options.command),
+        "command": options.command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": {
             "n_cpus": machine.pop("cpus"),
