@@ -15,7 +15,8 @@ METHOD = """\
 - Every step does the same work: the same conversations, token for token, on the same model; all
   stay alive until the figures are read. Each step runs in processes of its own.
 - **KV memory held** is physical: the pages of the cache's memory file (`st_blocks`), or the
-  resident pages of the preallocated arrays (pagemap), and the growth of the page tables.
+  resident pages of the preallocated arrays (pagemap), and the growth of the page tables. "In huge
+  pages" counts a shared one once for each conversation that maps it.
 - **Page faults** are minor and major ones of the whole process (getrusage), from the moment the
   weights are loaded: at start-up until all caches are made, at first inference from there until
   every conversation has its first token. The engine's own faults are in them, at every step.

@@ -28,7 +28,7 @@ from pagealloc.demo.attribution_allocations import (
 from pagealloc.demo.attribution_chart import CHARTS, draw_waterfalls
 from pagealloc.demo.attribution_json import attribution_json
 from pagealloc.demo.attribution_markdown import summary_table
-from pagealloc.demo.attribution_progress import PlainProgress
+from pagealloc.demo.attribution_progress import PlainProgress, RichProgress
 from pagealloc.demo.attribution_steps import HUGE_PAGES, STEPS, Unavailable, why_no_huge_pages
 from pagealloc.demo.job import SideJob, SideResult
 from pagealloc.demo.weights import LlamaShape
@@ -235,6 +235,21 @@ def test_the_trial_of_huge_pages_says_what_would_help(monkeypatch):
     found = why_no_huge_pages()
     assert "MADV_COLLAPSE" in found.reason
     assert "shmem_enabled" in found.command
+
+
+def test_progress_goes_to_standard_error(capsys):
+    pytest.importorskip("rich", reason="needs the extra 'demo'")
+    for kind in (PlainProgress, RichProgress):
+        with kind(3) as progress:
+            progress.step_started(2, STEPS[1])
+            progress.side_started("pagealloc")
+            progress.phase_started("first inference", 10)
+            progress.token_chosen(0, 1)
+            progress.advanced(10)
+            progress.side_finished("pagealloc")
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert "+ paged" in said.err
 
 
 # --- what is written ---
