@@ -17,7 +17,7 @@ CHARTS = {
 }
 """File name, title, unit, and how much of the figure one unit is."""
 
-LESS_COLOUR, MORE_COLOUR, CLAIM_COLOUR = "#6fbcbd", "#e09f5a", "#d1495b"
+LESS_COLOUR, MORE_COLOUR, CLAIM_COLOUR = "#6fbcbd", "#e09f5a", "#b3263c"
 BAR_WIDTH = 0.62
 GRID_COLOUR = "#eceff1"
 
@@ -98,12 +98,13 @@ def _label(axes: Any, position: float, height: float, text: str, first: float) -
 
 
 def _draw_claim(axes: Any, key: str, first: float, end: int) -> None:
-    """Draw what the reference claims as a dashed line over the last bar."""
+    """Draw what the reference claims as a dashed line, and name it where nothing else is said."""
     percent = next(figure.reference_percent for figure in FIGURES if figure.key == key)
     if percent is None:
         return
     claimed = first * (1 + percent / 100)
     axes.plot((-0.5, end + 0.5), (claimed, claimed), color=CLAIM_COLOUR, linestyle=(0, (4, 3)),
               linewidth=1.3, zorder=3)  # fmt: skip
-    axes.text(end + 0.48, claimed + first * 0.015, f"reference's claim {write_percent(percent)}",
-              ha="right", va="bottom", fontsize=9.5, color=CLAIM_COLOUR, zorder=4)  # fmt: skip
+    text = f"reference's claim\n{write_percent(percent)}"
+    axes.text(0, claimed + first * 0.015, text, ha="center", va="bottom", fontsize=9.5,
+              color=CLAIM_COLOUR, zorder=4)  # fmt: skip

@@ -237,8 +237,10 @@ def test_the_trial_of_huge_pages_says_what_would_help(monkeypatch):
     assert "shmem_enabled" in found.command
 
 
-def test_progress_goes_to_standard_error(capsys):
+def test_progress_goes_to_standard_error(capsys, monkeypatch):
     pytest.importorskip("rich", reason="needs the extra 'demo'")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("TERM", "xterm")
     for kind in (PlainProgress, RichProgress):
         with kind(3) as progress:
             progress.step_started(2, STEPS[1])
