@@ -105,6 +105,6 @@ def _draw_claim(axes: Any, key: str, first: float, end: int) -> None:
     claimed = first * (1 + percent / 100)
     axes.plot((-0.5, end + 0.5), (claimed, claimed), color=CLAIM_COLOUR, linestyle=(0, (4, 3)),
               linewidth=1.3, zorder=3)  # fmt: skip
-    text = f"reference's claim\n{write_percent(percent)}"
+    text = f"reference\n{write_percent(percent)}"
     axes.text(0, claimed + first * 0.015, text, ha="center", va="bottom", fontsize=9.5,
               color=CLAIM_COLOUR, zorder=4)  # fmt: skip
