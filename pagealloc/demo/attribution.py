@@ -3,9 +3,9 @@
 Structure
     ::
 
-        STEPS --each in processes of its own, a round after the other--> StepRun
-              --medians of the rounds-------------------------------> StepFigures
-              --difference from the step before, in percent of the first--> percent points
+        Step --in processes of its own, once a round--> StepRun
+        TakenStep: a step's runs, their medians
+        Attribution: all steps, each one's difference from the step before it
 Invariants
     For every figure the percent points of all steps add up to the change from the first step to the
     last, in percent: each is a difference of neighbours over one and the same denominator.

@@ -19,7 +19,9 @@ METHOD = """\
   pages" counts a shared one once for each conversation that maps it.
 - **Page faults** are minor and major ones of the whole process (getrusage), from the moment the
   weights are loaded: at start-up until all caches are made, at first inference from there until
-  every conversation has its first token. The engine's own faults are in them, at every step.
+  every conversation has its first token. The engine's own faults are in them, at every step. The
+  preallocated arrays lie on ordinary pages, as llama.cpp's do; arrays of NumPy's own ask for huge
+  pages where THP is 'madvise', and would take a fault for 2 MiB instead of one a page.
 - **Allocation P99** is that of single calls of `np.empty` for a block of 16 tokens as the step
   stores them, in batches of 1 to 32 requests of 256 + 64 tokens, by NumPy's malloc or by pagealloc
   under NumPy. Blocks of fewer bits are smaller ones; "malloc, same blocks" is the P99 of malloc for
