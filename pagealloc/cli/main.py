@@ -16,10 +16,11 @@ SUBCOMMANDS = (
     "plan",
     "cache",
     "demo",
-    "doctor",
+    "report",
     "profile",
     "top",
     "serve",
+    "doctor",
     "dashboard",
 )
 
