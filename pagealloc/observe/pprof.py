@@ -97,8 +97,8 @@ class _Writer:
             line = _number(1, function) + _number(2, frame.line)
             parts.append(_field(4, _number(1, number) + _number(2, 1) + _field(4, line)))
         for (name, file), number in self._functions.items():
-            text = self._string(name)
-            names = _number(2, text) + _number(3, text) + _number(4, self._string(file))
+            # No system name: were it the same, pprof would unmangle it, as C++, and lose <module>.
+            names = _number(2, self._string(name)) + _number(4, self._string(file))
             parts.append(_field(5, _number(1, number) + names))
         parts.append(_number(9, profile.time_ns) + _number(10, profile.duration_ns))
         parts.append(_field(11, self._value_type(profile.period_type)))
