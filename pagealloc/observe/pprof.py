@@ -81,18 +81,18 @@ class _Writer:
         self._profile = profile
         self._strings: dict[str, int] = {"": 0}
         self._functions: dict[tuple[str, str], int] = {}
-        self._locations: dict[Frame, int] = {}
+        self._locations: dict[Frame, bytes] = {}  # as stacks name them
 
     def message(self) -> bytes:
         profile = self._profile
         parts = [_field(1, self._value_type(each)) for each in profile.value_types]
         for stack, values in profile.samples.items():
-            at = b"".join(_varint(self._location(frame)) for frame in stack)
+            at = b"".join(map(self._location, stack))
             counted = b"".join(_varint(value) for value in values)
             parts.append(_field(2, _field(1, at) + _field(2, counted)))
         # One mapping, which says that names and lines are there: else pprof looks for a binary.
         parts.append(_field(3, b"".join(_number(field, 1) for field in (1, 7, 8, 9))))
-        for frame, number in self._locations.items():
+        for number, frame in enumerate(self._locations, 1):
             function = self._functions[frame.function, frame.file]
             line = _number(1, function) + _number(2, frame.line)
             parts.append(_field(4, _number(1, number) + _number(2, 1) + _field(4, line)))
@@ -114,9 +114,12 @@ class _Writer:
     def _value_type(self, value_type: ValueType) -> bytes:
         return _number(1, self._string(value_type.name)) + _number(2, self._string(value_type.unit))
 
-    def _location(self, frame: Frame) -> int:
-        self._functions.setdefault((frame.function, frame.file), len(self._functions) + 1)
-        return self._locations.setdefault(frame, len(self._locations) + 1)
+    def _location(self, frame: Frame) -> bytes:
+        known = self._locations.get(frame)
+        if known is None:
+            self._functions.setdefault((frame.function, frame.file), len(self._functions) + 1)
+            known = self._locations[frame] = _varint(len(self._locations) + 1)
+        return known
 
 
 def _varint(value: int) -> bytes:

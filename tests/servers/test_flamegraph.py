@@ -282,7 +282,7 @@ def test_a_difference(browser, tmp_path):
 @pytest.mark.parametrize("is_difference", [False, True])
 def test_a_profile_of_nothing_says_so(browser, tmp_path, is_difference):
     graph = Graph(browser, tmp_path, profile(), is_difference=is_difference)
-    text = "Nothing changed" if is_difference else "one in 524,288 bytes"
+    text = "Nothing changed" if is_difference else "one in 512 KiB"
     assert text in graph.text("#nothing")
     assert not graph.browser.find_element("id", "shown").is_displayed()
 
@@ -296,7 +296,7 @@ def test_calls_too_thin_to_see(browser, tmp_path):
 def test_a_stack_of_5000_calls(browser, tmp_path):
     stack = tuple(Frame(f"f{at}", "a.py", at + 1) for at in reversed(range(5000)))
     graph = Graph(browser, tmp_path, profile((stack, 100)))
-    assert len(graph.find_all(".frame")) == 5001
+    assert len(graph.frames()) == 5001
     graph.browser.find_element("id", "search").send_keys("f4999")
     assert graph.text("#matches") == "1 found, 100.0 % of all"
 

@@ -91,7 +91,7 @@ def test_calls_stand_behind_those_that_led_to_them():
 def test_which_value_is_chosen():
     page = page_of(profile([((MAIN,), 3, 0), ((LOAD,), 0, 5)]), which=0)
     assert page.nodes == [("", -1, 3, 3, 0), ("main", 0, 3, 3, 3)]
-    assert "alloc_objects in count, 1 stacks" in page.texts["header"]
+    assert "alloc_objects in count, 1 stack" in page.texts["header"]
 
 
 def test_the_widest_stands_first():
@@ -119,7 +119,7 @@ def test_a_profile_of_nothing():
     page = page_of(profile())
     assert page.nodes == [("", -1, 0, 0, 0)]
     assert page.data["hottest"] == []
-    assert page.data["periodText"] == "4,096 bytes"
+    assert (page.data["period"], page.data["periodUnit"]) == (4096, "bytes")
 
 
 def test_calls_too_thin_are_counted_and_left_out():
@@ -159,7 +159,7 @@ def test_names_end_nothing_and_are_no_marks(name):
     assert page.data["unit"] == name
     if "\u0000" not in name:  # which no HTML can hold
         assert page.texts["title"] == page.texts["h1"] == name
-        assert f"{name} in {name}, 1 stacks" in page.texts["header"]
+        assert f"{name} in {name}, 1 stack" in page.texts["header"]
     assert page.texts["script"] == plain.texts["script"]
 
 
