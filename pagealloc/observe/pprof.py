@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["from_pprof", "to_pprof"]
 
+LAST_FIELD = 14
+"""Of those known here, in any message; newer ones are passed over."""
 MAX_BYTES = 64 << 20
 """Of a profile that is read, once it is not compressed any more."""
 MAX_REPEATS = 1 << 20
@@ -37,6 +39,8 @@ MAX_FRAMES = 1 << 24
 """In all its stacks together: a location of many lines may be in many of them."""
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+WITHOUT_END = "a number without an end"
+TOO_LONG = "a number of more than 64 bits"
 MASK_64 = (1 << 64) - 1
 
 Fields = dict[int, list[int | bytes]]
@@ -184,18 +188,20 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 64, 7):
         if at == len(data):
-            raise ValueError("a number without an end")
+            raise ValueError(WITHOUT_END)
         byte = data[at]
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
             return value & MASK_64, at
-    raise ValueError("a number of more than 64 bits")
+    raise ValueError(TOO_LONG)
 
 
 def _message(data: int | bytes) -> Fields:
     fields: Fields = {}
     for field, value in _fields(_bytes(data)):
+        if field > LAST_FIELD:
+            continue
         values = fields.setdefault(field, [])
         values.append(value)
         if len(values) > MAX_REPEATS:
@@ -222,15 +228,23 @@ def _signed(value: int) -> int:
 
 
 def _numbers(fields: Fields, field: int) -> Iterator[int]:
-    """Yield repeated numbers, packed or not."""
+    """Yield repeated numbers, packed or not: most of a file, so not by _read_varint."""
     for value in fields.get(field, []):
         if isinstance(value, int):
             yield value
             continue
-        at = 0
-        while at < len(value):
-            number, at = _read_varint(value, at)
-            yield number
+        number = shift = 0
+        for byte in value:
+            number |= (byte & 127) << shift
+            if byte < 128:
+                yield number & MASK_64
+                number = shift = 0
+                continue
+            shift += 7
+            if shift > 63:
+                raise ValueError(TOO_LONG)
+        if shift:
+            raise ValueError(WITHOUT_END)
 
 
 # --- reading: fields -> profile -------------------------------------------------------------------
