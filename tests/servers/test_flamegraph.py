@@ -139,6 +139,15 @@ def test_a_page(graph):
     assert not graph.find_all("#nothing:not([hidden])")
 
 
+def test_calls_lie_side_by_side_below_the_one_that_led_to_them(graph):
+    _, main, load, read, parse, read_too = (each.rect for each in graph.find_all(".frame"))
+    assert main["x"] == load["x"] == read["x"]
+    assert load["y"] > main["y"]
+    assert read["y"] == parse["y"] > load["y"] == read_too["y"]
+    for left, right in ((read, parse), (load, read_too)):
+        assert right["x"] == pytest.approx(left["x"] + left["width"] + 1, abs=1)
+
+
 def test_colours_are_the_modules_own(graph):
     shown = [each.value_of_css_property("background-color") for each in graph.find_all(".frame")]
     _, main, load, read, parse, read_too = shown
@@ -161,6 +170,8 @@ def test_a_click_zooms(graph):
     assert graph.frames() == zoomed
     assert "load /home/a/app.py:20" in graph.text("#details")
     assert "750 KiB, 75.0 % of all; of its own 50.0 KiB, 5.0 %" in graph.text("#details")
+    graph.press("\ue015")  # down, from there
+    assert graph.browser.switch_to.active_element.text.split()[0] == "read"
     reset.click()
     assert graph.frames() == WHOLE
     assert not reset.is_enabled()
