@@ -2,9 +2,9 @@
 
 Rooms, bottom up: system_report (the machine's memory, as the kernel tells it), snapshot (all that
 the process counts, read once), readings (every figure of it, named), profiles (values by stack),
-pprof (their files), flamegraph (their pages),
-latency_totals (histograms that never fall), host_check and http_server (who may ask, who answers),
-prometheus (extra `metrics`), otel (extra `otel`).
+pprof (their files), flamegraph (their pages), latency_totals (histograms that never fall),
+host_check and http_server (who may ask, and who answers), prometheus (extra `metrics`), otel (extra
+`otel`).
 
     >>> import pagealloc.observe
     >>> server, thread = pagealloc.observe.start_http_server(9100)  # doctest: +SKIP
