@@ -7,7 +7,7 @@ host_check and http_server (who may ask, and who answers), prometheus (extra `me
 `otel`).
 
     >>> import pagealloc.observe
-    >>> server, thread = pagealloc.observe.start_http_server(9100)  # doctest: +SKIP
+    >>> server, thread = pagealloc.observe.start_http_server(9100)
 """
 
 from typing import TYPE_CHECKING, Any
