@@ -40,9 +40,12 @@ __all__ = [
     "TOKENS_DIFFER",
     "TOKENS_IDENTICAL",
     "DemoOptions",
+    "OpenModel",
+    "make_job",
     "open_model",
     "refuse_long_prompt",
     "refuse_unwritable",
+    "refuse_what_does_not_fit",
     "run_comparison",
     "run_prompt",
     "system_prompt",
@@ -101,8 +104,8 @@ def run_comparison(options: DemoOptions) -> int:
     with open_model(options) as model:
         questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(options.n_conversations)]
         n_ctx = min(options.n_ctx, model.shape.max_tokens)
-        _refuse_what_does_not_fit(model.shape, len(questions) * n_ctx)
-        job = _make_job(model, options, questions, n_ctx)
+        refuse_what_does_not_fit(model.shape, len(questions) * n_ctx)
+        job = make_job(model, options, questions, n_ctx)
         machine = describe_machine()
         with make_display(model.tokenizer, questions[0]) as display:
             display.say(
@@ -191,7 +194,8 @@ def open_model(options: DemoOptions) -> Iterator[OpenModel]:
         yield OpenModel(path, read_shape(reader), Tokenizer(reader), reader)
 
 
-def _make_job(model: OpenModel, options: DemoOptions, questions: list[str], n_ctx: int) -> SideJob:
+def make_job(model: OpenModel, options: DemoOptions, questions: list[str], n_ctx: int) -> SideJob:
+    """Return the work of both sides: the model's tokens of every prompt."""
     prompts = [model.prompt(system_prompt(options), question) for question in questions]
     longest = max(len(prompt.system_ids) + len(prompt.question_ids) for prompt in prompts)
     refuse_long_prompt(longest + options.max_new_tokens, n_ctx)
@@ -223,7 +227,8 @@ def refuse_long_prompt(needed_tokens: int, n_ctx: int) -> None:
         )
 
 
-def _refuse_what_does_not_fit(shape: LlamaShape, preallocated_tokens: int) -> None:
+def refuse_what_does_not_fit(shape: LlamaShape, preallocated_tokens: int) -> None:
+    """Say before anything runs that the preallocated caches would not fit into memory."""
     kv_bytes = preallocated_tokens * shape.kv_token_bytes
     needed_bytes = kv_bytes + shape.weights_bytes
     available_bytes = psutil.virtual_memory().available

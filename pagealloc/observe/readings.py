@@ -115,7 +115,11 @@ ANY_ALLOCATOR_FIGURES = (
     Figure("n_conflicts", "pagealloc_conflicting_frees", "counter"),
     Figure("abandoned_bytes", "pagealloc_abandoned_bytes", "gauge"),
 )
-PROCESS_FIGURES = (Figure("resident_bytes", "pagealloc_process_resident_bytes", "gauge"),)
+PROCESS_FIGURES = (
+    Figure("resident_bytes", "pagealloc_process_resident_bytes", "gauge"),
+    Figure("n_lock_waits", "pagealloc_lock_waits", "counter"),
+    Figure("lock_wait_s", "pagealloc_lock_wait_seconds", "counter"),
+)
 PAGE_FAULTS = Metric(
     "pagealloc_process_page_faults",
     "counter",

@@ -40,6 +40,7 @@ def has(module):
 RESULT = SideResult(
     kv_bytes=1000 << 20,
     page_table_bytes=0,
+    huge_bytes=None,
     peak_rss_bytes=2 << 30,
     faults_startup=90_000,
     faults_first_inference=10_000,
