@@ -62,7 +62,8 @@ def planted_cold():
     while not stop.wait(0.001):
         allocator.alloc_many("8KiB", 3).close()
 
-threads = [threading.Thread(target=f) for f in (planted_hot, planted_hot, planted_hot, planted_cold)]
+work = (planted_hot, planted_hot, planted_hot, planted_cold)
+threads = [threading.Thread(target=f) for f in work]
 for thread in threads:
     thread.start()
 time.sleep(3)
