@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import os
 import select
+import signal
 import sys
+import termios
 import time
+import tty
 from typing import TYPE_CHECKING, Any
 
 from pagealloc.cli import CommandError
@@ -171,49 +175,54 @@ def _follow(
     was_pressed: Callable[[str, float], bool],
     show: Callable[[str], None],
 ) -> OSError | None:
-    """Read and show until the process ends, which is returned, or a key or Ctrl-C ends it."""
-    try:
-        while not was_pressed("q", interval_s):
-            note = ""
-            try:
-                history.add(read())
-            except TimeoutError as error:  # stopped; it may go on
-                note = str(error)
-            except (ConnectionError, FileNotFoundError) as error:
-                return error
-            show(note)
-    except KeyboardInterrupt:
-        pass
+    """Read and show until a key is pressed, or the process ends; return why it did."""
+    while not was_pressed("q", interval_s):
+        note = ""
+        try:
+            history.add(read())
+        except TimeoutError as error:  # stopped; it may go on
+            note = str(error)
+        except (ConnectionError, FileNotFoundError) as error:
+            return error
+        show(note)
     return None
 
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[str, float], bool]]:
-    """Yield what waits so many seconds for a key, without the Enter that a terminal waits for."""
-    if not sys.stdin.isatty():
-        yield lambda _key, duration_s: bool(time.sleep(duration_s))  # type: ignore[func-returns-value]
-        return
-    import os
-    import termios
-    import tty
+    """Yield what waits so many seconds for a key or Ctrl-C, without the Enter a terminal waits for.
 
-    fd = sys.stdin.fileno()
-    before = termios.tcgetattr(fd)
+    Ctrl-C is no exception meanwhile: one amid rich's drawing would leave its screen in place.
+    """
+    interrupted, interrupt = os.pipe()
+    keyboard = sys.stdin.fileno() if sys.stdin.isatty() else None
+    watched = [interrupted] if keyboard is None else [interrupted, keyboard]
 
     def was_pressed(key: str, duration_s: float) -> bool:
         end_s = time.monotonic() + duration_s
         while (left_s := end_s - time.monotonic()) > 0:
-            if select.select([fd], [], [], left_s)[0]:
-                pressed = os.read(fd, 1)
-                if not pressed or pressed == key.encode():  # or the terminal is gone
-                    return True
+            ready = select.select(watched, [], [], left_s)[0]
+            if interrupted in ready:
+                return True
+            if ready and os.read(watched[1], 1) in (key.encode(), b""):  # or the terminal is gone
+                return True
         return False
 
+    def note_interrupt(*_: object) -> None:
+        os.write(interrupt, b"!")
+
+    handler = signal.signal(signal.SIGINT, note_interrupt)
+    before = None if keyboard is None else termios.tcgetattr(keyboard)
     try:
-        tty.setcbreak(fd)
+        if keyboard is not None:
+            tty.setcbreak(keyboard)
         yield was_pressed
     finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        if keyboard is not None and before is not None:
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGINT, handler)
+        os.close(interrupted)
+        os.close(interrupt)
 
 
 def _command_line(pid: int) -> str:

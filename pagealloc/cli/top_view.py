@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["format_duration", "sparkline", "view_of"]
 
-WIDE = 116
+WIDE = 144
 """From so many columns on, two tables fit beside each other."""
 CARD_POINTS = 15
 """How many points the sparklines at the top show: an 80-column terminal has room for them."""
@@ -187,9 +187,7 @@ def _allocator(reading: AllocatorReading, width: int, n_rows: int) -> Renderable
     classes = _classes(stats.classes, n_rows)
     tables: RenderableType = Group(arenas, classes)
     if width >= WIDE:
-        beside = Table.grid(expand=True, padding=(0, 2))
-        beside.add_column(ratio=6)
-        beside.add_column(ratio=5)
+        beside = Table.grid(padding=(0, 4))
         beside.add_row(arenas, classes)
         tables = beside
     figures = Text(
