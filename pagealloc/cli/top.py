@@ -28,7 +28,6 @@ NAME = "top"
 HELP = "show what a running process holds and does, live"
 
 LEAST_INTERVAL_S = 0.1
-ROWS_OF_PIPES = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +121,7 @@ def _print_lines(read: Callable[[], Snapshot], interval_s: float | None) -> int:
 def _print_view(read: Callable[[], Snapshot], interval_s: float) -> int:
     from rich.console import Console
 
-    from pagealloc.cli.top_view import view_of
+    from pagealloc.cli.top_view import MOST_ROWS, view_of
     from pagealloc.observe.live import History
 
     history = History()
@@ -131,7 +130,7 @@ def _print_view(read: Callable[[], Snapshot], interval_s: float) -> int:
     with contextlib.suppress(ConnectionError, FileNotFoundError):  # it ended: one reading will do
         history.add(read())
     console = Console(highlight=False)
-    console.print(view_of(history, console.width, ROWS_OF_PIPES))
+    console.print(view_of(history, console.width, MOST_ROWS))
     return 0
 
 
@@ -139,7 +138,7 @@ def _show_live(read: Callable[[], Snapshot], target: str, interval_s: float) -> 
     from rich.console import Console
     from rich.live import Live
 
-    from pagealloc.cli.top_view import view_of
+    from pagealloc.cli.top_view import fitting_view
     from pagealloc.observe.live import History
 
     history = History()
@@ -147,8 +146,7 @@ def _show_live(read: Callable[[], Snapshot], target: str, interval_s: float) -> 
     console: Any = Console(highlight=False)
 
     def view(note: str = "") -> Any:
-        n_rows = max(3, console.height // 5)
-        return view_of(history, console.width, n_rows, note or "q ends")
+        return fitting_view(history, console, note or "q ends")
 
     with (
         _keys() as was_pressed,

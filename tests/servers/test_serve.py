@@ -155,8 +155,11 @@ def test_it_fits_a_small_screen(url):
 
 @pytest.mark.skipif(not WRITES_IMAGES, reason="writes a picture: PAGEALLOC_DOCS_IMAGES=1")
 def test_the_picture_of_the_docs(url):
-    with open_browser(1280, 1640) as browser:
+    with open_browser(1280, 1200) as browser:
         browser.get(url)
         time.sleep(62)
+        height = browser.execute_script("return document.documentElement.scrollHeight")
+        frame = 1200 - browser.execute_script("return window.innerHeight")
+        browser.set_window_size(1280, height + frame)
         IMAGE.parent.mkdir(exist_ok=True)
         assert browser.save_screenshot(str(IMAGE))
