@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pagealloc.observe.backing_trial import BACKINGS, PROBE_BYTES, Trial, try_backing
 from pagealloc.observe.system_report import (
     THP_FOLDER,
     HugePageSetting,
@@ -17,19 +18,8 @@ from pagealloc.units import format_bytes
 NAME = "info"
 HELP = "show the memory this machine offers, and what would change it"
 
-BACKINGS = ("auto", "hugetlb", "thp", "base")
-PROBE_BYTES = 4 << 20
 WANTED_MAP_COUNT = 262_144
 OVERCOMMIT_MODES = {0: "heuristic", 1: "always", 2: "never"}
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What came of asking for a backing: the achieved one, or why it cannot be had."""
-
-    requested: str
-    achieved: str | None
-    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -62,21 +52,6 @@ def run(args: argparse.Namespace) -> int:
                 print(f"      to change: {row.command}")
         print()
     return 0
-
-
-def try_backing(requested: str) -> Trial:
-    """Allocate and touch a few MiB, and return what stands behind them."""
-    from pagealloc import PageAllocator
-    from pagealloc.errors import BackingUnavailableError
-
-    try:
-        with PageAllocator(backing=requested) as allocator, allocator.alloc(PROBE_BYTES) as buffer:
-            with memoryview(buffer) as view:
-                view[:] = bytes(PROBE_BYTES)
-            achieved = {arena.achieved_backing for arena in allocator.stats().arenas}
-    except BackingUnavailableError as error:
-        return Trial(requested, None, str(error))
-    return Trial(requested, ", ".join(sorted(achieved)), None)
 
 
 def as_json(report: SystemReport, trials: list[Trial]) -> dict[str, Any]:

@@ -232,6 +232,14 @@ def test_a_module_as_it_is(tmp_path):
     assert process.stdout == "__main__ ['z']\n"
 
 
+def test_a_script_that_is_not_there(tmp_path):
+    command = [sys.executable, "-m", "pagealloc.observe", str(tmp_path / "none.py")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2
+    assert process.stderr.startswith("there is no script")
+    assert len(process.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0), (["--what"], 2)])
 def test_how_it_is_used(arguments, code):
     command = [sys.executable, "-m", "pagealloc.observe", *arguments]

@@ -1,0 +1,300 @@
+"""``pagealloc doctor`` finds what was really planted, and nothing in a run that is well."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pagealloc.cli import CommandError, doctor, info
+from pagealloc.cli.main import main
+from pagealloc.observe.doctor import RULES, examine, examine_machine, examine_process
+from pagealloc.observe.doctor_evidence import Evidence
+from pagealloc.observe.doctor_watch import Watch
+
+HAS_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+
+PRELUDE = """
+import ctypes, sys, time
+from pagealloc import OutOfMemoryError, PageAllocator, page_size_bytes
+from pagealloc.kv import KVCache, KVLayout
+
+def fill(buffer):
+    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memoryview(buffer))), 1, len(buffer))
+    return buffer
+"""
+
+NO_THP = "ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE\n"
+
+PLANTED = {
+    "thp-disabled": NO_THP,
+    "huge-pages-not-achieved": NO_THP + "kept = fill(PageAllocator().alloc('16MiB'))\n",
+    "budget-pressure": """
+allocator = PageAllocator(budget_bytes="64MiB")
+kept = [allocator.alloc("1MiB") for _ in range(62)]
+try:
+    allocator.alloc("8MiB")
+except OutOfMemoryError:
+    pass
+""",
+    "fragmentation": """
+allocator = PageAllocator()
+blocks = [fill(allocator.alloc(256)) for _ in range(250_000)]
+kept = blocks[::16]
+del blocks
+""",
+    "steady-faults": """
+allocator = PageAllocator()
+for _ in range(200):
+    fill(allocator.alloc("8MiB")).close()
+    allocator.trim()
+""",
+    "kv-row-straddling": """
+layout = KVLayout(n_layers=2, n_kv_heads=1, head_dim=page_size_bytes() // 8 * 3, max_tokens=64)
+cache = KVCache(layout)
+""",
+}
+
+HEALTHY = """
+import numpy as np
+
+allocator = PageAllocator()
+kept = [fill(allocator.alloc("256KiB")) for _ in range(50)]
+for number in range(2000):
+    fill(allocator.alloc(64 + 7 * number)).close()
+layout = KVLayout(n_layers=30, n_kv_heads=3, head_dim=64, max_tokens=4096)
+cache = KVCache(layout, budget_bytes="256MiB")
+prompt = cache.sequence()
+for _ in range(100):
+    prompt.append_token(np.ones((30, 2, 3, 64), np.float16))
+forks = [prompt.fork() for _ in range(8)]
+for fork in forks:
+    fork.append_token(np.ones((30, 2, 3, 64), np.float16))
+large = [fill(allocator.alloc("40MiB")) for _ in range(2)]
+"""
+
+
+@pytest.fixture
+def examined(tmp_path):
+    """Run a script under ``pagealloc doctor``; return the process and the names of what it found.
+
+    A machine on which nothing is found when nothing runs is what the tests are about.
+    """
+
+    def run(script, *arguments, **options):
+        path = tmp_path / "script.py"
+        path.write_text(PRELUDE + script)
+        process = run_doctor("--json", str(path), *arguments, **options)
+        return process, [each["rule"] for each in json.loads(process.stdout)["findings"]]
+
+    return run
+
+
+def run_doctor(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "pagealloc", "doctor", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def needs_a_healthy_machine():
+    found = [finding.title for finding in examine_machine()]
+    if found:
+        pytest.skip(f"this machine has problems of its own: {found}")
+
+
+# --- ten planted problems ---
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_what_a_program_does(examined, name):
+    if "prctl" in PLANTED[name] and not HAS_THP:
+        pytest.skip("a kernel without transparent huge pages has none to disable")
+    process, found = examined(PLANTED[name])
+    assert name in found, process.stderr
+    related = {"thp-disabled", "huge-pages-not-achieved"} if "prctl" in PLANTED[name] else {name}
+    if not examine_machine():
+        assert set(found) <= related
+        assert process.returncode == (0 if name == "kv-row-straddling" else 1)
+
+
+def test_huge_pages_of_a_pool_that_is_empty(examined):
+    if info.try_backing("hugetlb").achieved:
+        pytest.skip("this machine's pool has pages")
+    process, found = examined("PageAllocator(backing='hugetlb').alloc('4MiB')\n")
+    assert "huge-pages-not-achieved" in found
+    assert "BackingUnavailableError" in process.stderr
+    (step,) = (
+        step
+        for finding in json.loads(process.stdout)["findings"]
+        for step in finding["fix"]
+        if "nr_hugepages" in step
+    )
+    assert step.startswith("$ sudo sysctl vm.nr_hugepages=")
+
+
+MACHINES = {
+    "thp-disabled": {"sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]\n"},
+    "max-map-count": {"proc/self/maps": "mapping\n" * 90, "proc/sys/vm/max_map_count": "100\n"},
+    "cgroup-limit": {
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/memory.max": f"{100 << 20}\n",
+        "sys/fs/cgroup/memory.current": f"{95 << 20}\n",
+    },
+}
+
+
+def build(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_what_a_machine_is(tmp_path, name):
+    build(tmp_path, MACHINES[name])
+    assert [finding.rule for finding in examine_process(0.01, root=tmp_path)] == [name]
+
+
+def test_numa_misses_while_a_process_is_watched(tmp_path):
+    stat = "sys/devices/system/node/node0/numastat"
+    build(tmp_path, {stat: "numa_hit 1000\nnuma_miss 0\nother_node 0\n"})
+    with Watch(tmp_path) as watch:
+        build(tmp_path, {stat: "numa_hit 9000\nnuma_miss 4000\nother_node 4000\n"})
+    (finding,) = examine(watch.evidence())
+    assert finding.rule == "numa-misses"
+    assert "4,000 of 12,000 pages (33%)" in finding.figure
+
+
+def test_contention():
+    with Watch() as watch:
+        pass
+    seen = watch.evidence()
+    waited = Evidence(
+        machine=seen.machine,
+        snapshots=seen.snapshots,
+        n_lock_waits=10**6,
+        lock_wait_ns=round(seen.span_s * 1e9),
+    )
+    assert "contention" in [finding.rule for finding in examine(waited)]
+
+
+def test_all_ten_are_planted_here():
+    assert {*PLANTED, *MACHINES, "numa-misses", "contention"} == set(RULES)
+
+
+# --- what is well ---
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_healthy_run(examined, attempt):
+    needs_a_healthy_machine()
+    process, found = examined(HEALTHY)
+    assert found == [], process.stdout
+    assert process.returncode == 0
+    assert process.stderr == ""
+
+
+def test_bursts_that_use_their_memory_again(examined):
+    """At most looks nothing is live, and much is held: it will be used in a moment."""
+    needs_a_healthy_machine()
+    _, found = examined("""
+allocator = PageAllocator()
+kept = fill(allocator.alloc(64))
+for _ in range(6):
+    blocks = [fill(allocator.alloc("1MiB")) for _ in range(64)]
+    del blocks
+    time.sleep(0.25)
+""")
+    assert found == []
+
+
+def test_the_machine_alone(capsys):
+    code = main(["doctor"])
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert (out == "nothing found\n") == (not examine_machine())
+    assert code in (0, 1)
+    main(["doctor", "--json"])
+    assert set(json.loads(capsys.readouterr().out)) == {"healthy", "findings"}
+
+
+# --- a script runs as without ---
+
+
+def test_a_script_has_its_arguments_its_folder_and_its_name(examined, tmp_path):
+    (tmp_path / "beside.py").write_text("")
+    environment = {**os.environ, "PYTHONSAFEPATH": ""}
+    process, _ = examined(
+        "import beside\nprint(__name__, __file__, sys.argv[1:])\n",
+        "--json",
+        "-x",
+        cwd=tmp_path.parent,
+        env=environment,
+    )
+    # with --json, what the script prints goes to stderr
+    assert process.stderr == f"__main__ {tmp_path / 'script.py'} ['--json', '-x']\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "message"),
+    [
+        ("sys.exit(7)", 7, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit('a reason')", 1, "a reason\n"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", 130, "interrupted\n"),
+    ],
+)
+def test_the_exit_code_is_the_scripts(examined, end, code, message):
+    needs_a_healthy_machine()
+    process, found = examined(end)
+    assert (process.returncode, process.stderr, found) == (code, message, [])
+
+
+def test_a_script_that_fails_is_examined_too(examined):
+    process, found = examined(PLANTED["budget-pressure"] + "raise ValueError('its own')\n")
+    assert "budget-pressure" in found
+    assert process.returncode == 1
+    lines = process.stderr.splitlines()
+    assert lines[-1] == "ValueError: its own"
+    assert len([line for line in lines if line.startswith("  File ")]) == 1  # none of ours
+
+
+def test_threads_of_the_script_are_waited_for(examined):
+    process, _ = examined(
+        "import threading\n"
+        "threading.Thread(target=lambda: (time.sleep(0.2), print('done'))).start()\n"
+    )
+    assert process.stderr == "done\n"
+
+
+def test_a_forked_child_reports_nothing(examined):
+    process, _ = examined("import os\nif os.fork() == 0: sys.exit(3)\nprint(os.wait()[1] >> 8)\n")
+    assert process.stderr == "3\n"
+
+
+def test_without_json_the_report_follows_the_scripts_output(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(PRELUDE + PLANTED["kv-row-straddling"] + "print('its output')\n")
+    process = run_doctor(str(path))
+    assert process.stdout.startswith("its output\n")
+    assert "[kv-row-straddling]" in process.stdout
+    assert "\x1b" not in process.stdout
+
+
+def test_no_such_script(capsys):
+    assert main(["doctor", "no-such.py"]) == 1
+    assert capsys.readouterr().err == (
+        "pagealloc: no-such.py is no file: give a Python program to run\n"
+    )
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(CommandError):
+        doctor.run(type("Arguments", (), {"script": str(tmp_path), "json": False}))
