@@ -77,8 +77,8 @@ def find_target(asked: str | None) -> str:
     if not pids:
         raise CommandError(f"no process of this user's has a feed: {HOW_TO_FEED}")
     if len(pids) > 1:
-        lines = "".join(f"\n  {pid:>7}  {_command_line(pid)}" for pid in pids)
-        raise CommandError(f"{len(pids)} processes have a feed; which one?{lines}")
+        found = ", ".join(f"{pid} ({_command_line(pid)})" for pid in pids)
+        raise CommandError(f"{len(pids)} processes have a feed, say which one: {found}")
     return str(pids[0])
 
 
@@ -112,7 +112,7 @@ def _print_lines(read: Callable[[], Snapshot], interval_s: float | None) -> int:
         time.sleep(interval_s)
         try:
             line = snapshot_to_json(read())
-        except OSError:  # it ended
+        except (ConnectionError, FileNotFoundError):  # it ended
             break
         print(line, flush=True)
     return 0
@@ -230,7 +230,7 @@ def _command_line(pid: int) -> str:
         words = psutil.Process(pid).cmdline()
     except psutil.Error:
         return ""
-    line = " ".join(words)[:100]
+    line = " ".join(words)[:60]
     return "".join(each if each.isprintable() else "?" for each in line)
 
 

@@ -194,8 +194,10 @@ def test_two_processes_are_listed(fed, capsys):
     with start_feed():
         assert main(["top", "--once"]) == 1
     err = capsys.readouterr().err
-    assert "2 processes have a feed; which one?" in err
-    assert re.search(rf"^ +{fed.pid}  .*python", err, re.MULTILINE)
+    assert err.startswith("pagealloc: 2 processes have a feed, say which one: ")
+    assert len(err.splitlines()) == 1
+    for pid in (fed.pid, os.getpid()):
+        assert re.search(rf"\b{pid} \(.*python", err)
 
 
 @pytest.mark.parametrize("arguments", [["top"], ["top", "7", "--once"], ["serve"], ["serve", "7"]])

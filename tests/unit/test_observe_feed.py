@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import child_of, in_child
+from processes import in_child
 from snapshots import busy_process, snapshot_of
 
 from pagealloc.kv import user_socket
@@ -154,16 +154,14 @@ def test_a_child_does_not_answer_for_its_parent(folder):
         assert read_feed(os.getpid()).pid == os.getpid()
 
 
-def test_a_child_does_not_keep_the_socket_open(folder):
-    reader, writer = os.pipe()
-    with start_feed():
-        pid = child_of(os.read, reader, 1)
-    path = folder / f"{os.getpid()}.sock"
-    assert not path.exists()
-    os.write(writer, b"!")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    os.close(reader)
-    os.close(writer)
+def test_a_child_does_not_keep_the_socket_open():
+    def child(here):
+        assert here.closed
+        assert here._listener.fileno() == -1
+
+    with start_feed() as here:
+        in_child(child, here)
+        assert here._listener.fileno() >= 0
 
 
 def run_script(code, *arguments):

@@ -234,7 +234,8 @@ GOOD = snapshot_to_json(snapshot_of()).encode()
         (send(200, GOOD[:-1], **{"Content-Length": "9000"}), ValueError, "no snapshot"),
         (send(302, Location="http://127.0.0.1:1/snapshot.json"), OSError, "answers 302"),
         (send(302, Location="file:///etc/passwd"), OSError, "answers 302"),
-        (send(404), OSError, "answers 404"),
+        (send(404), OSError, "answers 404: no page"),
+        (send(503), OSError, "answers 503: the process it shows is gone"),
         (say_nonsense, OSError, "BadStatusLine"),
     ],
 )
