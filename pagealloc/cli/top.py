@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import os
 import select
+import signal
 import sys
+import termios
 import time
+import tty
 from typing import TYPE_CHECKING, Any
 
 from pagealloc.cli import CommandError
@@ -24,7 +28,6 @@ NAME = "top"
 HELP = "show what a running process holds and does, live"
 
 LEAST_INTERVAL_S = 0.1
-ROWS_OF_PIPES = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +77,8 @@ def find_target(asked: str | None) -> str:
     if not pids:
         raise CommandError(f"no process of this user's has a feed: {HOW_TO_FEED}")
     if len(pids) > 1:
-        lines = "".join(f"\n  {pid:>7}  {_command_line(pid)}" for pid in pids)
-        raise CommandError(f"{len(pids)} processes have a feed; which one?{lines}")
+        found = ", ".join(f"{pid} ({_command_line(pid)})" for pid in pids)
+        raise CommandError(f"{len(pids)} processes have a feed, say which one: {found}")
     return str(pids[0])
 
 
@@ -109,7 +112,7 @@ def _print_lines(read: Callable[[], Snapshot], interval_s: float | None) -> int:
         time.sleep(interval_s)
         try:
             line = snapshot_to_json(read())
-        except OSError:  # it ended
+        except (ConnectionError, FileNotFoundError):  # it ended
             break
         print(line, flush=True)
     return 0
@@ -118,7 +121,7 @@ def _print_lines(read: Callable[[], Snapshot], interval_s: float | None) -> int:
 def _print_view(read: Callable[[], Snapshot], interval_s: float) -> int:
     from rich.console import Console
 
-    from pagealloc.cli.top_view import view_of
+    from pagealloc.cli.top_view import MOST_ROWS, view_of
     from pagealloc.observe.live import History
 
     history = History()
@@ -127,7 +130,7 @@ def _print_view(read: Callable[[], Snapshot], interval_s: float) -> int:
     with contextlib.suppress(ConnectionError, FileNotFoundError):  # it ended: one reading will do
         history.add(read())
     console = Console(highlight=False)
-    console.print(view_of(history, console.width, ROWS_OF_PIPES))
+    console.print(view_of(history, console.width, MOST_ROWS))
     return 0
 
 
@@ -135,7 +138,7 @@ def _show_live(read: Callable[[], Snapshot], target: str, interval_s: float) -> 
     from rich.console import Console
     from rich.live import Live
 
-    from pagealloc.cli.top_view import view_of
+    from pagealloc.cli.top_view import fitting_view
     from pagealloc.observe.live import History
 
     history = History()
@@ -143,8 +146,7 @@ def _show_live(read: Callable[[], Snapshot], target: str, interval_s: float) -> 
     console: Any = Console(highlight=False)
 
     def view(note: str = "") -> Any:
-        n_rows = max(3, console.height // 5)
-        return view_of(history, console.width, n_rows, note or "q ends")
+        return fitting_view(history, console, note or "q ends")
 
     with (
         _keys() as was_pressed,
@@ -171,49 +173,54 @@ def _follow(
     was_pressed: Callable[[str, float], bool],
     show: Callable[[str], None],
 ) -> OSError | None:
-    """Read and show until the process ends, which is returned, or a key or Ctrl-C ends it."""
-    try:
-        while not was_pressed("q", interval_s):
-            note = ""
-            try:
-                history.add(read())
-            except TimeoutError as error:  # stopped; it may go on
-                note = str(error)
-            except (ConnectionError, FileNotFoundError) as error:
-                return error
-            show(note)
-    except KeyboardInterrupt:
-        pass
+    """Read and show until a key is pressed, or the process ends; return why it did."""
+    while not was_pressed("q", interval_s):
+        note = ""
+        try:
+            history.add(read())
+        except TimeoutError as error:  # stopped; it may go on
+            note = str(error)
+        except (ConnectionError, FileNotFoundError) as error:
+            return error
+        show(note)
     return None
 
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[str, float], bool]]:
-    """Yield what waits so many seconds for a key, without the Enter that a terminal waits for."""
-    if not sys.stdin.isatty():
-        yield lambda _key, duration_s: bool(time.sleep(duration_s))  # type: ignore[func-returns-value]
-        return
-    import os
-    import termios
-    import tty
+    """Yield what waits so many seconds for a key or Ctrl-C, without the Enter a terminal waits for.
 
-    fd = sys.stdin.fileno()
-    before = termios.tcgetattr(fd)
+    Ctrl-C is no exception meanwhile: one amid rich's drawing would leave its screen in place.
+    """
+    interrupted, interrupt = os.pipe()
+    keyboard = sys.stdin.fileno() if sys.stdin.isatty() else None
+    watched = [interrupted] if keyboard is None else [interrupted, keyboard]
 
     def was_pressed(key: str, duration_s: float) -> bool:
         end_s = time.monotonic() + duration_s
         while (left_s := end_s - time.monotonic()) > 0:
-            if select.select([fd], [], [], left_s)[0]:
-                pressed = os.read(fd, 1)
-                if not pressed or pressed == key.encode():  # or the terminal is gone
-                    return True
+            ready = select.select(watched, [], [], left_s)[0]
+            if interrupted in ready:
+                return True
+            if ready and os.read(watched[1], 1) in (key.encode(), b""):  # or the terminal is gone
+                return True
         return False
 
+    def note_interrupt(*_: object) -> None:
+        os.write(interrupt, b"!")
+
+    handler = signal.signal(signal.SIGINT, note_interrupt)
+    before = None if keyboard is None else termios.tcgetattr(keyboard)
     try:
-        tty.setcbreak(fd)
+        if keyboard is not None:
+            tty.setcbreak(keyboard)
         yield was_pressed
     finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        if keyboard is not None and before is not None:
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGINT, handler)
+        os.close(interrupted)
+        os.close(interrupt)
 
 
 def _command_line(pid: int) -> str:
@@ -223,7 +230,7 @@ def _command_line(pid: int) -> str:
         words = psutil.Process(pid).cmdline()
     except psutil.Error:
         return ""
-    line = " ".join(words)[:100]
+    line = " ".join(words)[:60]
     return "".join(each if each.isprintable() else "?" for each in line)
 
 

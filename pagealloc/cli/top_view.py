@@ -9,6 +9,7 @@ Units
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Group
@@ -21,15 +22,17 @@ from pagealloc.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
     from pagealloc import ArenaStats, ClassStats
     from pagealloc.observe.live import History
     from pagealloc.observe.snapshot import AllocatorReading, CacheReading, Snapshot
 
-__all__ = ["format_duration", "sparkline", "view_of"]
+__all__ = ["MOST_ROWS", "fitting_view", "format_duration", "sparkline", "view_of"]
 
-WIDE = 116
+MOST_ROWS, LEAST_ROWS = 12, 2
+"""Of each table."""
+WIDE = 144
 """From so many columns on, two tables fit beside each other."""
 CARD_POINTS = 15
 """How many points the sparklines at the top show: an 80-column terminal has room for them."""
@@ -74,6 +77,18 @@ def view_of(history: History, width: int, n_rows: int, note: str = "") -> Render
     if latencies := _latencies(history, width, n_rows):
         parts.append(latencies)
     return Group(*parts)
+
+
+def fitting_view(history: History, console: Console, note: str = "") -> RenderableType:
+    """Return the view with the longest tables that fit on a terminal, or with the shortest ones."""
+
+    def is_too_long(n_rows: int) -> bool:
+        view = view_of(history, console.width, n_rows, note)
+        return len(console.render_lines(view, pad=False)) > console.height
+
+    longer = range(LEAST_ROWS + 1, MOST_ROWS + 1)
+    n_rows = LEAST_ROWS + bisect_left(longer, 1, key=is_too_long)
+    return view_of(history, console.width, n_rows, note)
 
 
 def sparkline(values: Sequence[float | None], *, is_log: bool = False) -> str:
@@ -187,9 +202,7 @@ def _allocator(reading: AllocatorReading, width: int, n_rows: int) -> Renderable
     classes = _classes(stats.classes, n_rows)
     tables: RenderableType = Group(arenas, classes)
     if width >= WIDE:
-        beside = Table.grid(expand=True, padding=(0, 2))
-        beside.add_column(ratio=6)
-        beside.add_column(ratio=5)
+        beside = Table.grid(padding=(0, 4))
         beside.add_row(arenas, classes)
         tables = beside
     figures = Text(
@@ -219,7 +232,7 @@ def _arenas(arenas: Sequence[ArenaStats], n_rows: int) -> RenderableType:
             "-" if each.huge_bytes is None else format_bytes(each.huge_bytes),
             "-" if each.numa_node is None else str(each.numa_node),
         )
-    return _with_rest(table, len(arenas) - len(shown), "arenas")
+    return _with_rest(table, len(arenas) - len(shown))
 
 
 def _classes(classes: Sequence[ClassStats], n_rows: int) -> RenderableType:
@@ -236,7 +249,7 @@ def _classes(classes: Sequence[ClassStats], n_rows: int) -> RenderableType:
             f"{each.n_unused:,}" if each.n_slabs else "-",
             format_bytes(each.block_bytes * each.n_live) if each.block_bytes else "-",
         )
-    return _with_rest(table, len(used) - len(shown), "classes")
+    return _with_rest(table, len(used) - len(shown))
 
 
 def _latencies(history: History, width: int, n_rows: int) -> RenderableType | None:
@@ -256,9 +269,7 @@ def _latencies(history: History, width: int, n_rows: int) -> RenderableType | No
             _p99s(history, name, width - 50),
         )
     span = f"of the last {history.duration_s:.0f} s" if len(history.points) > 1 else "so far"
-    return _panel(
-        f"latency of allocations, {span}", _with_rest(table, len(found) - len(names), "sizes")
-    )
+    return _panel(f"latency of allocations, {span}", _with_rest(table, len(found) - len(names)))
 
 
 def _cache(reading: CacheReading) -> RenderableType:
@@ -290,7 +301,10 @@ def _cache(reading: CacheReading) -> RenderableType:
         f"{prefixes.n_blocks:,} published blocks   {hits}   "
         f"{format_bytes(stats.warm_bytes)} warm   {stats.n_mappings:,} mappings"
     )
-    return _panel(f"KV cache {reading.name}", Group(bars, figures, Text(reading.layout, "dim")))
+    return _panel(
+        f"KV cache {reading.name}",
+        Group(bars, figures, Text(reading.layout, "dim", no_wrap=True, overflow="crop")),
+    )
 
 
 # --- pieces ---
@@ -334,10 +348,10 @@ def _table(*columns: str, n_left: int) -> Table:
     return table
 
 
-def _with_rest(table: Table, n_left_out: int, what: str) -> RenderableType:
+def _with_rest(table: Table, n_left_out: int) -> RenderableType:
     if n_left_out <= 0:
         return table
-    return Group(table, Text(f"{n_left_out:,} more {what}", style="dim"))
+    return Group(table, Text(f"{n_left_out:,} more", style="dim"))
 
 
 def _panel(title: str, content: RenderableType) -> Panel:

@@ -5,11 +5,10 @@ As ``python SCRIPT ...`` or ``python -m MODULE ...`` would run it.
 
 from __future__ import annotations
 
-import runpy
 import sys
-from pathlib import Path
 
 from pagealloc.observe.feed import start_feed
+from pagealloc.observe.script import run_script
 
 USAGE = """\
 usage: python -m pagealloc.observe SCRIPT [ARGUMENT ...]
@@ -18,25 +17,29 @@ usage: python -m pagealloc.observe SCRIPT [ARGUMENT ...]
 Runs a program as it is, and lets `pagealloc top` and `pagealloc serve` show it."""
 
 
-def main() -> None:
-    """Run what the arguments name; exits as it does."""
+def main() -> int:
+    """Run what the arguments name; return what it ends with."""
     match sys.argv[1:]:
         case ["-m", module, *rest]:
-            start_feed()
-            sys.argv = [module, *rest]
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            start_feed()  # closed at exit: threads may go on when the script's own lines have ended
+            return run_script(module, rest, _nothing, is_module=True)
         case [script, *rest] if not script.startswith("-"):
             start_feed()
-            sys.argv = [script, *rest]
-            if not sys.flags.safe_path:
-                sys.path[0] = str(Path(script).resolve().parent)
-            runpy.run_path(script, run_name="__main__")
+            try:
+                return run_script(script, rest, _nothing)
+            except FileNotFoundError as error:
+                print(error, file=sys.stderr)
+                return 2
         case ["-h" | "--help"]:
             print(USAGE)
-        case _:
-            print(USAGE, file=sys.stderr)
-            sys.exit(2)
+            return 0
+    print(USAGE, file=sys.stderr)
+    return 2
+
+
+def _nothing() -> None:
+    pass
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

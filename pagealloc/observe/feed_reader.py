@@ -185,9 +185,8 @@ def read_url(url: str) -> Snapshot:
                     raise ValueError(f"{address}: more than {MOST_BYTES} bytes came")
     except urllib.error.HTTPError as error:
         error.close()
-        raise ConnectionError(
-            f"{address} answers {error.code}: no pagealloc serves there"
-        ) from None
+        why = "the process it shows is gone" if error.code == 503 else "no page of pagealloc's"
+        raise ConnectionError(f"{address} answers {error.code}: {why}") from None
     except urllib.error.URLError as error:
         raise ConnectionError(f"{address}: {error.reason}") from error
     except http.client.HTTPException as error:

@@ -109,7 +109,10 @@ def _read_fields(kind: Any, value: Any, where: str) -> Any:
     found = {name: _read(each, value[name], f"{where}.{name}") for name, each in kinds.items()}
     if kind is LatencyHistogram and min(found["counts"], default=0) < 0:
         raise ValueError(f"{where} counts fewer than no samples")
-    return kind(**found)
+    try:
+        return kind(**found)
+    except ValueError as error:
+        raise ValueError(f"{where} is none: {error}") from None
 
 
 def _read_scalar(kind: Any, value: Any, where: str) -> Any:

@@ -82,6 +82,7 @@ def main():
             if turn % 150 == 0:
                 allocator.trim()
             time.sleep(0.04)
+        blocks.clear()
 
 
 if __name__ == "__main__":
