@@ -50,8 +50,8 @@ twice as long is kept by what lies beside it."""
 
 MIN_REFAULTED_BYTES = 64 << 20
 MIN_REFAULTED_BYTES_S = 64 << 20
-"""16,384 pages of 4 KiB a second: at 2.5 µs a fault, as measured in a virtual machine, that is 4 % of
-a core; where faults are cheap, 1 %."""
+"""16,384 pages of 4 KiB a second: 4 % of a core at 2.5 µs a fault, as in a virtual machine here,
+and 1 % where faults are cheap."""
 
 MIN_ROUNDS = 3
 """Memory that went and came once or twice belongs to a phase of the program."""

@@ -41,8 +41,8 @@ except OutOfMemoryError:
 """,
     "fragmentation": """
 allocator = PageAllocator()
-blocks = [fill(allocator.alloc(256)) for _ in range(250_000)]
-kept = blocks[::16]
+blocks = [fill(allocator.alloc(1024)) for _ in range(70_000)]  # four in the smallest page
+kept = blocks[::4]
 del blocks
 """,
     "steady-faults": """
