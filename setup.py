@@ -1,12 +1,14 @@
 """Builds the Cython core; everything else is said in pyproject.toml.
 
-Every ``.pyx`` under ``pagealloc/`` becomes one extension module of the same name.  Two environment
+Every ``.pyx`` under ``pagealloc/`` becomes one extension module of the same name.  Environment
 variables choose another build, kept in a folder of its own under ``build/``:
 
 ``PAGEALLOC_SANITIZE=address|thread|undefined``
     instrument with that sanitizer.
 ``PAGEALLOC_LINETRACE=1``
     let coverage see Cython lines.
+``PAGEALLOC_UNOBSERVED=1``
+    leave out what profilers of the heap and of contention hook into: what a test compares with.
 """
 
 import os
@@ -54,9 +56,11 @@ NUMPY_MACROS = [
 
 sanitizer = os.environ.get("PAGEALLOC_SANITIZE", "")
 linetrace = os.environ.get("PAGEALLOC_LINETRACE", "") not in ("", "0")
+unobserved = os.environ.get("PAGEALLOC_UNOBSERVED", "") not in ("", "0")
 if sanitizer and sanitizer not in SANITIZERS:
     sys.exit(f"PAGEALLOC_SANITIZE={sanitizer!r}: expected one of {', '.join(SANITIZERS)}")
-flavour = "-".join(filter(None, [sanitizer, "linetrace" if linetrace else ""]))
+names = [sanitizer, "linetrace" if linetrace else "", "unobserved" if unobserved else ""]
+flavour = "-".join(filter(None, names))
 
 compile_args = ["-std=c11", "-pthread", "-fvisibility=hidden"]
 # A call of an undeclared function compiles with a warning, and then cuts its pointers to 32 bits.
@@ -70,6 +74,8 @@ elif "-O" in os.environ.get("CFLAGS", ""):  # the builder's wish
     compile_args += ["-g0"]
 else:
     compile_args += ["-O3", "-g0"]
+if unobserved:
+    macros += [("PAGEALLOC_UNOBSERVED", "1")]
 if linetrace:
     DIRECTIVES |= {"linetrace": True}
     macros += [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")]

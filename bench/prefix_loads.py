@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pagealloc.kv import KVCache, KVLayout
-from pagealloc.kv.prefix_wire import short_path
+from pagealloc.kv.user_socket import short_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from pagealloc.cli import KV_CHOICES, CommandError
+from pagealloc.cli.arguments import positive
 
 __all__ = ["HELP", "NAME", "add_arguments", "run"]
 
@@ -33,18 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", metavar="TEXT", help="answer this one question, and compare nothing"
     )
     parser.add_argument(
-        "--conversations", type=_positive, default=8, metavar="N", help="default: %(default)s"
+        "--conversations", type=positive, default=8, metavar="N", help="default: %(default)s"
     )
     parser.add_argument(
         "--n-ctx",
-        type=_positive,
+        type=positive,
         default=8192,
         metavar="TOKENS",
         help="context of each conversation (default: %(default)s)",
     )
     parser.add_argument(
         "--max-new-tokens",
-        type=_positive,
+        type=positive,
         metavar="TOKENS",
         help="longest answer (default: 48; with --prompt 256)",
     )
@@ -102,13 +103,6 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is not None:
         return run_prompt(options, args.prompt)
     return run_comparison(options)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
 
 
 def _not_negative(text: str) -> float:

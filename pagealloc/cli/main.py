@@ -11,7 +11,18 @@ from pagealloc.errors import PageallocError
 
 __all__ = ["main"]
 
-SUBCOMMANDS = ("info", "plan", "cache", "demo", "doctor")
+SUBCOMMANDS = (
+    "info",
+    "plan",
+    "cache",
+    "demo",
+    "report",
+    "profile",
+    "top",
+    "serve",
+    "doctor",
+    "dashboard",
+)
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

@@ -15,6 +15,7 @@ this by reading the table below)::
     1  machine_memory   how much memory the machine and its cgroups have left
     1  folios           whether a memfd gets 64 KiB folios here
     2  os_memory        memory from the OS; every call of the kernel goes through its table
+    3  lock_waits       how long threads wait for the mutexes that they share
     3  os_file          the one sparse file of a store
     3  os_pages         what the kernel knows of single pages; NUMA nodes
 
@@ -24,6 +25,7 @@ this by reading the table below)::
     3  owner_lock       a lock that its owner takes for nothing, and a collector at a price
     3  page_map         address -> chunk, its classes and states, for the whole process
     3  page_run         descriptors of page runs; the free ones as a best-fit tree
+    4  noted            which blocks, and which waits, are noted with their Python stack
     4  backing          the ladder hugetlb, THP, base; which NUMA node
     5  trace            lines on what is taken from the kernel and given back
     5  arena            one reserved range, and what of it is committed

@@ -15,15 +15,15 @@ Units
 """
 
 cimport cython
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from pagealloc.core.export cimport fill_buffer
 from pagealloc.core.heap cimport heap_alloc_many, heap_free_many
 from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.heap_state cimport heap_t
+from pagealloc.core.noted cimport blocks_are_noted, note_block, note_wait, observed, waits_are_noted
 
-from pagealloc.core import leaks
 from pagealloc.errors import ClosedError, OutOfMemoryError
 from pagealloc.units import format_bytes
 
@@ -132,6 +132,8 @@ cdef class Batch:
             heap_free_many(heap, blocks, <size_t>self.n_blocks)
         self.owner.leave()
         free(blocks)
+        if observed(waits_are_noted):
+            note_wait()
 
     def __getitem__(self, index):
         """Return a writable memoryview of a block; negative indices count from the end."""
@@ -199,6 +201,8 @@ cdef Batch new_batch(Heap heap, size_t nbytes, size_t align_bytes, Py_ssize_t n_
         raise
     finally:
         heap.leave()
-    if leaks.LEAK_EVERY:
-        leaks.note_allocation(batch, n_blocks)
+    if observed(waits_are_noted):
+        note_wait()
+    if observed(blocks_are_noted):
+        note_block(batch, <int64_t>nbytes * n_blocks, n_blocks)
     return batch

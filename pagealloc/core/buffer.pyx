@@ -31,14 +31,12 @@ from pagealloc.core.heap cimport (
 from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.heap_resize cimport heap_resize
 from pagealloc.core.heap_state cimport heap_t
+from pagealloc.core.noted cimport blocks_are_noted, note_block, note_wait, observed, waits_are_noted
 from pagealloc.core.os_memory cimport os_real_page_bytes, os_resident_bytes
 from pagealloc.core.page_heap cimport FREED
 
-from pagealloc.core import leaks
 from pagealloc.errors import ClosedError
 from pagealloc.units import format_bytes, parse_align, parse_bytes
-
-cdef bint IS_NOTED = leaks.LEAK_EVERY > 0
 
 
 @cython.final
@@ -222,6 +220,8 @@ cdef class Buffer:
             with nogil:
                 outcome = heap_free_slow(heap, memory)
             self.owner.leave()
+            if observed(waits_are_noted):
+                note_wait()
         return outcome
 
     def __getbuffer__(self, Py_buffer *view, int flags):
@@ -286,8 +286,8 @@ cdef Buffer new_buffer(Heap heap, size_t nbytes, size_t align_bytes):
         buffer.memory = heap_alloc_fast(heap.heap, nbytes, align_bytes)
     if buffer.memory == NULL:
         fill_slow(buffer, heap, nbytes, align_bytes, 0)
-    if IS_NOTED:
-        leaks.note_allocation(buffer, 1)
+    if observed(blocks_are_noted):
+        note_block(buffer, nbytes, 1)
     return buffer
 
 
@@ -300,8 +300,8 @@ cdef Buffer new_buffer_of_class(Heap heap, size_t nbytes, size_t slot_class):
         buffer.memory = heap_alloc_class(heap.heap, slot_class)
     if buffer.memory == NULL:
         fill_slow(buffer, heap, nbytes, 0, slot_class)
-    if IS_NOTED:
-        leaks.note_allocation(buffer, 1)
+    if observed(blocks_are_noted):
+        note_block(buffer, nbytes, 1)
     return buffer
 
 
@@ -320,10 +320,13 @@ cdef int fill_slow(
                 )
             if buffer.memory != NULL:
                 buffer.fresh = fresh
-                return 0
+                break
             heap.relieve(nbytes, align_bytes, error, 1, &n_asked)
     finally:
         heap.leave()
+    if observed(waits_are_noted):
+        note_wait()
+    return 0
 
 
 cdef Buffer foreign_buffer(object address, object nbytes, object owner, object align):

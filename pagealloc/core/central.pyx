@@ -25,7 +25,8 @@ from libc.string cimport memcpy, memmove, memset
 from pagealloc.core.backing cimport ERROR_RETRY
 from pagealloc.core.atomics cimport atomic_add_i64, atomic_load_i64, atomic_store_i64
 from pagealloc.core.block_map cimport block_map_t, known_block_state
-from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
+from pagealloc.core.lock_waits cimport lock_shared
+from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_unlock
 from pagealloc.core.os_memory cimport os_abandon, os_page_bytes, os_reserve
 from pagealloc.core.page_heap cimport (
     FREED_LONG_AGO,
@@ -90,7 +91,7 @@ cdef void set_key(central_t *central, int64_t key) noexcept nogil:
 cdef bint central_reuse(central_t *central, int64_t key) noexcept nogil:
     """Make this the class of other runs, if none of its own is out."""
     cdef bint is_unused
-    mutex_lock(&central.mutex)
+    lock_shared(&central.mutex)
     is_unused = atomic_load_i64(&central.n_out) == 0
     if is_unused:
         set_key(central, key)
@@ -193,7 +194,7 @@ cdef int64_t central_take(
     cdef run_t *run
     fresh[0] = False
     error[0] = 0
-    mutex_lock(&central.mutex)
+    lock_shared(&central.mutex)
     if central.key != key:
         error[0] = ERROR_RETRY
         n_taken = 0
@@ -225,7 +226,7 @@ cdef int64_t central_take(
 cdef bint central_count_out(central_t *central, int64_t key) noexcept nogil:
     """Count one more block as out; False if the class is no longer `key`'s."""
     cdef bint is_same
-    mutex_lock(&central.mutex)
+    lock_shared(&central.mutex)
     is_same = atomic_load_i64(&central.key) == key
     if is_same:
         atomic_add_i64(&central.n_out, 1)
@@ -236,7 +237,7 @@ cdef bint central_count_out(central_t *central, int64_t key) noexcept nogil:
 cdef void central_put(central_t *central, const block_t *blocks, int64_t n) noexcept nogil:
     """Keep free blocks for whoever needs one next."""
     cdef int64_t n_kept = n
-    mutex_lock(&central.mutex)
+    lock_shared(&central.mutex)
     if n_kept > central.max_idle - central.n_idle:
         n_kept = central.max_idle - central.n_idle
     if make_room(central, n_kept):
@@ -260,7 +261,7 @@ cdef void central_give_back(
     `freed` as for page_heap_free.
     """
     if central.run_pages == 0:
-        mutex_lock(&central.mutex)
+        lock_shared(&central.mutex)
         slabs_put(&central.slabs, blocks, n, freed)
         mutex_unlock(&central.mutex)
     else:
@@ -273,7 +274,7 @@ cdef void give_back_cold(central_t *central, int64_t n, int freed) noexcept nogi
     cdef block_t blocks[PIECE]
     cdef int64_t n_piece
     while n > 0:
-        mutex_lock(&central.mutex)
+        lock_shared(&central.mutex)
         n_piece = pop_cold(central, blocks, n if n < PIECE else PIECE)
         mutex_unlock(&central.mutex)
         if n_piece == 0:
@@ -290,12 +291,12 @@ cdef void central_drain(central_t *central) noexcept nogil:
 cdef void central_collect(central_t *central) noexcept nogil:
     """One collection: give back what sat unused during this one and the one before."""
     cdef int64_t n_dropped
-    mutex_lock(&central.mutex)
+    lock_shared(&central.mutex)
     n_dropped = central.n_victims if central.n_victims < central.n_unused else central.n_unused
     central.n_victims = central.n_unused - n_dropped
     mutex_unlock(&central.mutex)
     give_back_cold(central, n_dropped, FREED_LONG_AGO)
-    mutex_lock(&central.mutex)
+    lock_shared(&central.mutex)
     central.n_unused = central.n_idle
     if central.run_pages == 0:
         slabs_collect(&central.slabs)
@@ -305,7 +306,7 @@ cdef void central_collect(central_t *central) noexcept nogil:
 cdef void central_trim(central_t *central) noexcept nogil:
     """Give back all idle blocks, the slab that is kept empty, and the stack's own memory."""
     central_drain(central)
-    mutex_lock(&central.mutex)
+    lock_shared(&central.mutex)
     slabs_trim(&central.slabs)
     if central.n_idle == 0:
         drop_stack(central)
@@ -315,7 +316,7 @@ cdef void central_trim(central_t *central) noexcept nogil:
 cdef const char *central_check(central_t *central) noexcept nogil:
     """NULL, or which invariant is broken."""
     cdef const char *broken = NULL
-    mutex_lock(&central.mutex)
+    lock_shared(&central.mutex)
     if central.run_pages == 0:
         broken = slabs_check(&central.slabs)
         if broken == NULL and central.slabs.n_taken != atomic_load_i64(&central.n_out):

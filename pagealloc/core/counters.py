@@ -68,38 +68,48 @@ class ClassStats:
 class AllocatorStats:
     """What an allocator holds.
 
+    The first sentence on each attribute is what metrics say of it (``pagealloc.observe``).
+
     Attributes
     ----------
     budget_bytes : int or None
-        Hard limit of `committed_bytes`.
+        Most bytes that an allocator may commit.  None: no limit.
     reserved_bytes : int
-        Address space taken from the kernel; costs nothing by itself.
+        Address space that an allocator took from the kernel, which costs nothing by itself.
     committed_bytes : int
-        What may be backed: handed out, or freed and not yet purged.
+        Bytes of an allocator that may be backed: handed out, or freed and not yet purged.
     active_bytes : int
-        Pages that are handed out or kept at hand, and pages of slabs.
+        Bytes of the pages that are handed out or kept at hand, and of those of slabs.
     held_bytes : int
         Physical memory behind all arenas, counted by mincore.  A page that was read and never
         written counts too, though the kernel backs all of these with one page of zeros.  The
         tables of the allocator itself, at most 4 % of what they describe, are not in it.
     huge_bytes : int or None
-        The part of it that huge pages map; None: the kernel cannot say, before Linux 6.7.
+        Physical memory behind all arenas that huge pages map.  None: the kernel cannot say, before
+        Linux 6.7.
     live_bytes : int
-        What is handed out, in whole slots and pages.
+        Bytes handed out, in whole slots and pages.
     idle_bytes : int
-        What was freed and is kept at hand, in threads' magazines and the lists behind them.
+        Bytes freed and kept at hand, in threads' magazines and the lists behind them.
     purged_bytes : int
         Physical memory that went back to the kernel since the start: by itself, by ``trim()``, or
         for the budget.  Not counted: what `close` and the end of a large block unmap.
-    n_live, n_allocs, n_frees, n_failed : int
-        Buffers open now; requests served, given back, and refused since the start.
+    n_live : int
+        Blocks handed out now: open Buffers, and what native code has.
+    n_allocs : int
+        Requests served since the start.
+    n_frees : int
+        Blocks given back since the start.
+    n_failed : int
+        Requests refused since the start.
     n_faults : int
         Page faults of the whole process since the allocator was made, minor and major.
     n_collections : int
-        How often the allocator went through what is idle (see `PageAllocator.collect`).
+        Times that an allocator went through what is idle, see `PageAllocator.collect`.
     n_conflicts : int
-        Blocks of the whole process that two threads freed in the same instant, one of them the
-        block's own: both were told that it worked, and it was freed once.  A defect of the program.
+        Blocks of the whole process that two threads freed in the same instant, a defect of the
+        program.  One of the two was the block's own; both were told that it worked, and it was
+        freed once.
     abandoned_bytes : int
         Address space of the whole process that the kernel refused to take back (munmap).
     arenas : tuple of ArenaStats

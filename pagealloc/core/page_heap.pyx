@@ -45,7 +45,8 @@ from pagealloc.core.free_runs cimport (
     free_runs_merge,
 )
 from pagealloc.core.atomics cimport atomic_store_u16
-from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_lock, mutex_unlock
+from pagealloc.core.lock_waits cimport lock_shared
+from pagealloc.core.mutex cimport mutex_destroy, mutex_init, mutex_unlock
 from pagealloc.core.os_pages cimport os_huge_bytes
 from pagealloc.core.page_budget cimport (
     page_budget_allows,
@@ -80,7 +81,7 @@ cdef void page_heap_init(
 cdef int page_heap_destroy(page_heap_t *pages) noexcept nogil:
     """Unmap every arena; nothing may be live.  On refusal an errno value; what is left is kept."""
     cdef int error = 0
-    mutex_lock(&pages.mutex)
+    lock_shared(&pages.mutex)
     while pages.arenas != NULL and error == 0:
         error = arenas_drop(pages, pages.arenas)
     mutex_unlock(&pages.mutex)
@@ -152,7 +153,7 @@ cdef run_t *page_heap_alloc(
     cdef arena_t *grown = NULL
     cdef char *start
     error[0] = 0
-    mutex_lock(&pages.mutex)
+    lock_shared(&pages.mutex)
     if 0 <= pages.budget_bytes < <int64_t>nbytes:
         error[0] = ERROR_BUDGET     # before the kernel is asked for what can never be used
     else:
@@ -191,7 +192,7 @@ cdef run_t *page_heap_alloc(
 cdef int page_heap_grow(page_heap_t *pages, size_t nbytes) noexcept nogil:
     """One more arena, for requests of any size; an errno value or ERROR_* if it cannot be had."""
     cdef int error = 0
-    mutex_lock(&pages.mutex)
+    lock_shared(&pages.mutex)
     arenas_add(pages, nbytes, 0, False, &error)
     mutex_unlock(&pages.mutex)
     return error
@@ -209,7 +210,7 @@ cdef void page_heap_free(
     cdef int64_t i
     cdef arena_t *arena
     cdef run_t *run
-    mutex_lock(&pages.mutex)
+    lock_shared(&pages.mutex)
     tick = pages.tick - IDLE_TICKS if freed == FREED_LONG_AGO else pages.tick
     for i in range(n):
         arena = <arena_t *>page_map_arena(pages.map, blocks[i].address, pages.owner)
@@ -234,7 +235,7 @@ cdef size_t page_heap_run_bytes(page_heap_t *pages, const char *address) noexcep
     """The length of the run that is out and starts at `address`."""
     cdef size_t nbytes
     cdef arena_t *arena
-    mutex_lock(&pages.mutex)
+    lock_shared(&pages.mutex)
     arena = <arena_t *>page_map_arena(pages.map, address, pages.owner)
     nbytes = <size_t>arena.run_of_page[
         (address - arena.address) // <int64_t>pages.page_bytes
@@ -249,7 +250,7 @@ cdef int64_t page_heap_report(
     """Fill one report an arena, up to `n_reports`; returns how many arenas there are."""
     cdef int64_t i = 0
     cdef arena_t *arena
-    mutex_lock(&pages.mutex)
+    lock_shared(&pages.mutex)
     arena = pages.arenas
     while arena != NULL:
         if i < n_reports:
@@ -289,7 +290,7 @@ cdef const char *page_heap_check(page_heap_t *pages) noexcept nogil:
     cdef int64_t n_dirty = 0
     cdef const char *broken = NULL
     cdef arena_t *arena
-    mutex_lock(&pages.mutex)
+    lock_shared(&pages.mutex)
     arena = pages.arenas
     while arena != NULL and broken == NULL:
         broken = free_runs_check_arena(&pages.free, arena, &n_free, &n_live, &used_pages)

@@ -29,7 +29,8 @@ from pagealloc.core.arenas cimport (
     page_heap_t,
 )
 from pagealloc.core.backing cimport BACKING_HUGETLB
-from pagealloc.core.mutex cimport mutex_lock, mutex_unlock
+from pagealloc.core.lock_waits cimport lock_shared
+from pagealloc.core.mutex cimport mutex_unlock
 from pagealloc.core.os_memory cimport MADV_COLD, os_advise
 from pagealloc.core.os_pages cimport os_n_huge_pages_split
 from pagealloc.core.page_run cimport RUN_FREE, run_t
@@ -112,7 +113,7 @@ cdef int64_t page_heap_purge_idle(page_heap_t *pages) noexcept nogil:
     cdef int32_t tick
     place.serial = INT64_MAX
     place.piece = 0
-    mutex_lock(&pages.mutex)
+    lock_shared(&pages.mutex)
     pages.tick += 1
     tick = pages.tick
     while pages.n_dirty:
@@ -130,7 +131,7 @@ cdef int64_t page_heap_purge_idle(page_heap_t *pages) noexcept nogil:
             place.serial -= 1
             place.piece = 0
         mutex_unlock(&pages.mutex)
-        mutex_lock(&pages.mutex)
+        lock_shared(&pages.mutex)
     if purged_bytes:
         trace_purge(
             pages.number, "purge", purged_bytes, begun_at_ns, pages.committed_bytes,
@@ -146,7 +147,7 @@ cdef int64_t page_heap_purge_idle(page_heap_t *pages) noexcept nogil:
 cdef int64_t page_heap_begin_trim(page_heap_t *pages) noexcept nogil:
     """From now on, count also what is unmapped; what it returns is for page_heap_end_trim."""
     cdef int64_t begun_at_bytes
-    mutex_lock(&pages.mutex)
+    lock_shared(&pages.mutex)
     pages.n_trims += 1
     begun_at_bytes = pages.purged_bytes
     mutex_unlock(&pages.mutex)
@@ -208,7 +209,7 @@ cdef int64_t page_heap_end_trim(page_heap_t *pages, int64_t begun_at_bytes) noex
     cdef arena_t *arena
     place.serial = INT64_MAX
     place.piece = 0
-    mutex_lock(&pages.mutex)
+    lock_shared(&pages.mutex)
     while True:
         arena = arena_at(pages, &place)
         if arena == NULL:
@@ -227,7 +228,7 @@ cdef int64_t page_heap_end_trim(page_heap_t *pages, int64_t begun_at_bytes) noex
             place.serial -= 1
             place.piece = 0
         mutex_unlock(&pages.mutex)
-        mutex_lock(&pages.mutex)
+        lock_shared(&pages.mutex)
     if n_splits:
         n_seen = os_n_huge_pages_split() - n_splits_before if n_splits_before >= 0 else 0
         if n_seen < n_splits:       # the rest goes back when the machine runs short of memory

@@ -33,7 +33,8 @@ from pagealloc.core.free_runs cimport (
     free_runs_join,
     free_runs_merge,
 )
-from pagealloc.core.mutex cimport mutex_lock, mutex_unlock
+from pagealloc.core.lock_waits cimport lock_shared
+from pagealloc.core.mutex cimport mutex_unlock
 from pagealloc.core.page_budget cimport (
     page_budget_allows,
     page_budget_commit,
@@ -62,7 +63,7 @@ cdef bint page_heap_resize(
     cdef arena_t *arena
     cdef run_t *run
     cdef bint done = False
-    mutex_lock(&pages.mutex)
+    lock_shared(&pages.mutex)
     arena = <arena_t *>page_map_arena(pages.map, address, pages.owner)
     run = arena.run_of_page[(address - arena.address) // <int64_t>pages.page_bytes]
     if not arena.dedicated and not page_heap_has_own_arena(pages, n_pages, pages.page_bytes):
@@ -125,7 +126,7 @@ cdef char *page_heap_move(
     cdef arena_t *new = NULL
     cdef char *moved = NULL
     cdef int _error = 0
-    mutex_lock(&pages.mutex)
+    lock_shared(&pages.mutex)
     old = <arena_t *>page_map_arena(pages.map, address, pages.owner)
     if (
         old.dedicated and page_heap_has_own_arena(pages, n_pages, align_bytes)

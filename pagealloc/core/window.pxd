@@ -13,6 +13,7 @@ from pagealloc.core.window_view cimport WindowView
 cdef class Window:
     cdef readonly ExtentStore store
     cdef window_t *pages
+    cdef object __weakref__
 
     cdef char *memory(self) noexcept
     cdef int64_t n_bytes(self) noexcept

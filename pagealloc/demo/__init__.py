@@ -14,10 +14,16 @@ A small Llama in NumPy, readable from end to end:
 ================  ============================================================
 
 and what ``pagealloc demo`` makes of it: `conversations` and `english_texts` (the input), `sides`,
-`side` and `job` (a process for each side), `measure` (what it costs), `comparison`, `report`,
-`display` and `chart` (what a person sees), `tiny_model` (for ``--quick``), `session` (the whole).
+`side`, `job` and `child` (a process for each side), `measure` (what it costs), `comparison`,
+`report`, `display` and `chart` (what a person sees), `tiny_model` (for ``--quick``), `session` (the
+whole).
 With ``--engine llama`` llama.cpp computes: `llama_side`, `llama_quality`, `llama_chart`,
 `llama_session`.
+
+``pagealloc report`` says where each percent came from: `attribution_steps` (from one side to the
+other, a change at a time), `attribution` (each step measured, and compared with the one before),
+`attribution_allocations` (P99 of single allocations), `attribution_json`, `attribution_markdown`,
+`attribution_chart`, `attribution_progress`, `attribution_session` (the whole).
 
 Needs the extra ``demo``: ``pip install 'pagealloc[demo]'``.
 """

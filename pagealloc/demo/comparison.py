@@ -1,13 +1,9 @@
 """Runs both sides on the same work, each in a process of its own, and compares what they say."""
 
-import json
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from pagealloc.demo.errors import DemoError
+from pagealloc.demo.child import run_child
 from pagealloc.demo.job import SideJob, SideResult
 from pagealloc.demo.sides import SIDES
 
@@ -15,15 +11,6 @@ __all__ = ["REFERENCE_PERCENT", "Comparison", "Watcher", "compare_sides", "run_s
 
 REFERENCE_PERCENT = {"kv_bytes": -57.3, "faults_total": -57.5}
 """The changes that the reference claims for the same two figures."""
-
-START_SIDE = """
-import sys
-sys.path[:] = sys.argv[1:]  # the same pagealloc as ours, wherever that was found
-from pagealloc.demo.side import main
-main()
-"""
-
-ERROR_TAIL_LINES = 15
 
 
 class Watcher(Protocol):
@@ -107,40 +94,14 @@ def run_side_process(job: SideJob, watcher: Watcher) -> SideResult:
         If the process failed; the message ends with what it wrote to standard error.
     """
     watcher.side_started(job.side)
-    result: SideResult | None = None
-    with (
-        tempfile.TemporaryFile("w+") as error_output,
-        subprocess.Popen(
-            [sys.executable, "-c", START_SIDE, *sys.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=error_output,
-            text=True,
-        ) as process,
-    ):
-        if process.stdin is None or process.stdout is None:
-            raise DemoError("the side's process has no pipes")
-        try:
-            process.stdin.write(job.to_json())
-            process.stdin.close()
-            for line in process.stdout:
-                event = json.loads(line)
-                if event["event"] == "result":
-                    result = SideResult.from_json(event["result"])
-                else:
-                    _tell(watcher, event)
-        except BaseException:
-            process.kill()
-            raise
-        if process.wait() != 0 or result is None:
-            error_output.seek(0)
-            tail = "".join(error_output.readlines()[-ERROR_TAIL_LINES:]).rstrip()
-            raise DemoError(
-                f"the process of the side {job.side!r} ended with exit code "
-                f"{process.returncode}:\n{tail}"
-            )
+    told = run_child(
+        "pagealloc.demo.side",
+        job.to_json(),
+        lambda event: _tell(watcher, event),
+        f"the side {job.side!r}",
+    )
     watcher.side_finished(job.side)
-    return result
+    return SideResult.from_json(told)
 
 
 def _tell(watcher: Watcher, event: dict[str, Any]) -> None:

@@ -7,9 +7,11 @@ JSON object a line: its progress, every token as it is chosen, and at last its `
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 __all__ = ["Emit", "SideJob", "SideResult", "event_line"]
+
+Backing = Literal["auto", "base", "folios", "hugetlb"]
 
 Emit = Callable[[dict[str, Any]], None]
 """Sends one event."""
@@ -29,6 +31,8 @@ class SideJob:
     max_new_tokens: int
     temperature: float
     seed: int
+    backing: Backing = "auto"  # of the side with pagealloc, see `KVCache`
+    shares_prompt: bool = True  # there, or else each conversation computes the whole prompt
 
     @property
     def prompt_tokens(self) -> int:
@@ -55,6 +59,7 @@ class SideResult:
 
     kv_bytes: int  # held, page tables included, with all conversations alive
     page_table_bytes: int  # growth since the weights were loaded
+    huge_bytes: int | None  # of the caches, mapped by huge pages; None: not known
     peak_rss_bytes: int
     faults_startup: int
     faults_first_inference: int

@@ -18,6 +18,7 @@ __all__ = [
     "table_rows",
     "verdict",
     "write_percent",
+    "write_points",
 ]
 
 MINUS = "\u2212"
@@ -119,6 +120,11 @@ def quality_line(kv: str, quality: Quality, n_texts: int, n_tokens: int) -> str:
 def write_percent(change: float, n_digits: int = 1) -> str:
     """Return a change in percent with its sign."""
     return f"{change:+.{n_digits}f} %".replace("-", MINUS)
+
+
+def write_points(change: float, n_digits: int = 1) -> str:
+    """Return percent points with their sign; what rounds to nothing is +0.0."""
+    return f"{round(change, n_digits) + 0.0:+.{n_digits}f}".replace("-", MINUS)
 
 
 def _bytes(value: float) -> str:

@@ -33,15 +33,19 @@ from pagealloc.demo.tokenizer import Tokenizer
 from pagealloc.demo.weights import LlamaShape, open_gguf, read_shape
 from pagealloc.kv import KVCache
 from pagealloc.kv.quantisation import KV_KINDS
+from pagealloc.slow_events import slow_event
 from pagealloc.units import format_bytes
 
 __all__ = [
     "TOKENS_DIFFER",
     "TOKENS_IDENTICAL",
     "DemoOptions",
+    "OpenModel",
+    "make_job",
     "open_model",
     "refuse_long_prompt",
     "refuse_unwritable",
+    "refuse_what_does_not_fit",
     "run_comparison",
     "run_prompt",
     "system_prompt",
@@ -100,8 +104,8 @@ def run_comparison(options: DemoOptions) -> int:
     with open_model(options) as model:
         questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(options.n_conversations)]
         n_ctx = min(options.n_ctx, model.shape.max_tokens)
-        _refuse_what_does_not_fit(model.shape, len(questions) * n_ctx)
-        job = _make_job(model, options, questions, n_ctx)
+        refuse_what_does_not_fit(model.shape, len(questions) * n_ctx)
+        job = make_job(model, options, questions, n_ctx)
         machine = describe_machine()
         with make_display(model.tokenizer, questions[0]) as display:
             display.say(
@@ -148,20 +152,23 @@ def run_prompt(options: DemoOptions, question: str) -> int:
         kv = PagedKV(cache.sequence())
         stream = TextStream(model.tokenizer)
         started = perf_counter()
-        hidden = prefill(llama, kv, prompt_ids)
-        first_token_s = perf_counter() - started
-        n_tokens = 0
-        for token_id in generate(
-            llama,
-            kv,
-            hidden,
-            Sampler(options.temperature, options.seed),
-            max_new_tokens=options.max_new_tokens,
-            stop_ids=model.tokenizer.stop_ids,
-        ):
-            n_tokens += 1
-            sys.stdout.write(stream.push(token_id))
-            sys.stdout.flush()
+        with slow_event("demo_request") as request:
+            hidden = prefill(llama, kv, prompt_ids)
+            first_token_s = perf_counter() - started
+            n_tokens = 0
+            for token_id in generate(
+                llama,
+                kv,
+                hidden,
+                Sampler(options.temperature, options.seed),
+                max_new_tokens=options.max_new_tokens,
+                stop_ids=model.tokenizer.stop_ids,
+            ):
+                n_tokens += 1
+                sys.stdout.write(stream.push(token_id))
+                sys.stdout.flush()
+            request["n_prompt_tokens"] = len(prompt_ids)
+            request["n_tokens"] = n_tokens
         elapsed_s = perf_counter() - started
         held_bytes = cache.stats().held_bytes
         sys.stdout.write(
@@ -187,7 +194,8 @@ def open_model(options: DemoOptions) -> Iterator[OpenModel]:
         yield OpenModel(path, read_shape(reader), Tokenizer(reader), reader)
 
 
-def _make_job(model: OpenModel, options: DemoOptions, questions: list[str], n_ctx: int) -> SideJob:
+def make_job(model: OpenModel, options: DemoOptions, questions: list[str], n_ctx: int) -> SideJob:
+    """Return the work of both sides: the model's tokens of every prompt."""
     prompts = [model.prompt(system_prompt(options), question) for question in questions]
     longest = max(len(prompt.system_ids) + len(prompt.question_ids) for prompt in prompts)
     refuse_long_prompt(longest + options.max_new_tokens, n_ctx)
@@ -219,7 +227,8 @@ def refuse_long_prompt(needed_tokens: int, n_ctx: int) -> None:
         )
 
 
-def _refuse_what_does_not_fit(shape: LlamaShape, preallocated_tokens: int) -> None:
+def refuse_what_does_not_fit(shape: LlamaShape, preallocated_tokens: int) -> None:
+    """Say before anything runs that the preallocated caches would not fit into memory."""
     kv_bytes = preallocated_tokens * shape.kv_token_bytes
     needed_bytes = kv_bytes + shape.weights_bytes
     available_bytes = psutil.virtual_memory().available

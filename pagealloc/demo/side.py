@@ -28,7 +28,7 @@ def run_side(job: SideJob, emit: Emit) -> SideResult:
     emit({"event": "phase", "phase": "creating the caches", "total_tokens": 0})
     faults_loaded, page_tables_loaded_bytes = page_faults(), page_table_bytes()
     started = perf_counter()
-    side = SIDES[job.side](model.shape, job.n_ctx, len(job.question_ids), job.kv)
+    side = SIDES[job.side](model.shape, job)
     startup_s = perf_counter() - started
     faults_started = page_faults()
 
@@ -41,6 +41,7 @@ def run_side(job: SideJob, emit: Emit) -> SideResult:
     result = SideResult(
         kv_bytes=side.kv_bytes(page_table_growth_bytes),
         page_table_bytes=page_table_growth_bytes,
+        huge_bytes=side.huge_bytes(),
         peak_rss_bytes=peak_rss_bytes(),
         faults_startup=faults_started - faults_loaded,
         faults_first_inference=faults_first_tokens - faults_started,

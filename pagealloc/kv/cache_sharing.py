@@ -28,6 +28,7 @@ from pagealloc.kv.prefix_client import F_GET_SEALS, F_SEAL_SHRINK, RemotePrefixe
 from pagealloc.kv.prefix_hash import TOKEN_BYTES, owner_key
 from pagealloc.kv.prefix_server import PrefixServer
 from pagealloc.kv.sequences_by_id import SequencesById
+from pagealloc.slow_events import slow_event
 
 if TYPE_CHECKING:
     import os
@@ -244,15 +245,17 @@ class CacheSharing(SequencesById):
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r}: 'raise' and 'skip' are possible")
-        file = CacheFile(path)
-        saved, quantisation = options_of(file.header.description, file.path)
-        if not options.keys() & {"quantize", "k_type", "v_type"}:
-            options = quantisation | options
-        cache = cast("Callable[..., Self]", cls)(layout or saved, **options)
-        try:
-            cache._prefixes.on_error = on_error
-            cache._prefixes.adopt(file)
-        except BaseException:
-            cache.close()
-            raise
-        return cache
+        with slow_event("cache_load") as attributes:
+            file = CacheFile(path)
+            attributes["n_blocks"] = file.header.n_blocks
+            saved, quantisation = options_of(file.header.description, file.path)
+            if not options.keys() & {"quantize", "k_type", "v_type"}:
+                options = quantisation | options
+            cache = cast("Callable[..., Self]", cls)(layout or saved, **options)
+            try:
+                cache._prefixes.on_error = on_error
+                cache._prefixes.adopt(file)
+            except BaseException:
+                cache.close()
+                raise
+            return cache

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pagealloc.errors import WireError
-from pagealloc.kv import prefix_wire
+from pagealloc.kv import prefix_wire, user_socket
 from pagealloc.kv.prefix_wire import HungUpError, Run
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ class RemotePrefixes:
         self.is_alive = True
         try:
             self._connection.settimeout(TIMEOUT_S)
-            with prefix_wire.short_path(Path(self.path)) as (_, short):
+            with user_socket.short_path(Path(self.path)) as (_, short):
                 self._connection.connect(short)
-            prefix_wire.check_peer(self._connection)
+            user_socket.check_peer(self._connection)
             self._connection.sendall(prefix_wire.pack_message(prefix_wire.CLIENT, owner_key))
             self.owner, self._file = prefix_wire.receive_owner(self._connection)
             self._check_seals()

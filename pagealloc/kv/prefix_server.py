@@ -26,7 +26,6 @@ import atexit
 import os
 import selectors
 import socket
-import stat
 import threading
 import time
 import traceback
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from pagealloc.errors import PageallocError, WireError
-from pagealloc.kv import prefix_wire
+from pagealloc.kv import prefix_wire, user_socket
 from pagealloc.kv.prefix_wire import Message, Owner, Reader, Run
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ class PrefixServer:
         )
         self._greeting = prefix_wire.pack_message(prefix_wire.OWNER, prefix_wire.pack_owner(owner))
         self._clients: dict[int, _Client] = {}
-        self._listener = _listen(self.path)
+        self._listener = user_socket.listen(self.path)
         # Whoever gets a copy of this one cannot write, nor make it one that can without the file's
         # own permission, which is 0600.
         self._file = os.open(f"/proc/self/fd/{store.fd}", os.O_RDONLY | os.O_CLOEXEC)
@@ -181,7 +180,7 @@ class PrefixServer:
             time.sleep(PATIENCE_STEP_S)
             return
         try:
-            prefix_wire.check_peer(connection)
+            user_socket.check_peer(connection)
         except OSError:
             connection.close()
             return
@@ -289,53 +288,6 @@ def _runs(window: Window, spans: list[Span]) -> list[Run]:
         for span in spans
         if (start := max(run.offset, span.start)) < (end := min(run.offset + run.nbytes, span.end))
     ]
-
-
-def _listen(path: Path) -> socket.socket:
-    """Return a socket that listens at a path nobody else can reach."""
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    with prefix_wire.short_path(path) as (folder, short):
-        status = os.fstat(folder)
-        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            mode = stat.S_IMODE(status.st_mode)
-            raise PermissionError(
-                f"{path.parent}: others may open this folder (mode {mode:04o}); serve from a "
-                "folder of your own, chmod 700"
-            )
-        _remove_dead(path, short)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(short)
-            Path(short).chmod(0o600)
-            listener.listen()
-            listener.setblocking(False)  # noqa: FBT003  its only argument
-        except BaseException:
-            listener.close()
-            raise
-    return listener
-
-
-def _remove_dead(path: Path, short: str) -> None:
-    """Remove the socket of an owner that is gone.
-
-    Raises
-    ------
-    FileExistsError
-        Something else is there, or an owner that lives.
-    """
-    try:
-        mode = Path(short).lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise FileExistsError(f"{path} exists, and is no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(short)
-        except ConnectionRefusedError:
-            Path(short).unlink()
-            return
-    raise FileExistsError(f"{path}: another process serves there")
 
 
 def _keep_pages(reference: weakref.ref[PrefixServer]) -> None:

@@ -8,34 +8,54 @@ __all__ = ["PrefixEvent", "PrefixStats"]
 
 
 class PrefixStats(NamedTuple):
-    """One reading of a prefix index."""
+    """One reading of a prefix index.
+
+    The first sentence on each attribute and property is what metrics say of it
+    (``pagealloc.observe``).
+
+    Attributes
+    ----------
+    n_blocks : int
+        Published KV blocks whose rows are in memory.
+    n_tokens : int
+        Tokens of the published KV blocks whose rows are in memory.
+    nbytes : int
+        Bytes of the rows of the published KV blocks in memory.
+    n_disk_blocks : int
+        Published KV blocks whose rows are in a file only.
+    n_pinned_blocks : int
+        Published KV blocks that a pin keeps: pinned ones, and all before them.
+    n_lookups : int
+        Prompts that were looked up.
+    n_hits : int
+        Prompts looked up of which at least one block was found.
+    n_asked_tokens : int
+        Tokens of all prompts that were looked up.
+    n_hit_tokens : int
+        Tokens of the prompts looked up that were found.
+    n_stored_blocks : int
+        KV blocks published since the cache was made.
+    n_evicted_blocks : int
+        Published KV blocks evicted since the cache was made.
+    n_collisions : int
+        Hashes of blocks that named other tokens, which was noticed.
+    n_damaged_blocks : int
+        Blocks of files that were skipped, see ``KVCache.load(on_error="skip")``.
+    """
 
     n_blocks: int
-    """Published KV blocks whose rows are in memory."""
     n_tokens: int
-    """Their tokens."""
     nbytes: int
-    """Bytes of their rows."""
     n_disk_blocks: int
-    """Published blocks whose rows are in a file only."""
     n_pinned_blocks: int
-    """Of them, those that a pin keeps: pinned ones, and all before them."""
     n_lookups: int
-    """Prompts that were looked up."""
     n_hits: int
-    """Of them, those of which at least one block was found."""
     n_asked_tokens: int
-    """Tokens of all prompts looked up."""
     n_hit_tokens: int
-    """Of them, those that were found."""
     n_stored_blocks: int
-    """Blocks published so far."""
     n_evicted_blocks: int
-    """Blocks evicted so far."""
     n_collisions: int
-    """Hashes that named other tokens, which was noticed."""
     n_damaged_blocks: int
-    """Blocks of files that were skipped, see ``KVCache.load(on_error="skip")``."""
 
     @property
     def hit_rate(self) -> float:

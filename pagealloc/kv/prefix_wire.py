@@ -18,7 +18,7 @@ Structure
 
     A client that hangs up, or dies, gives all its leases back.
 Source
-    unix(7): SCM_RIGHTS, SO_PEERCRED, the length of addresses.
+    unix(7): SCM_RIGHTS.
 """
 
 from __future__ import annotations
@@ -27,15 +27,10 @@ import array
 import os
 import socket
 import struct
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pagealloc.errors import WireError
 from pagealloc.kv.prefix_hash import HASH_BYTES
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 __all__ = [
     "CLIENT",
@@ -51,13 +46,11 @@ __all__ = [
     "Owner",
     "Reader",
     "Run",
-    "check_peer",
     "pack_found",
     "pack_message",
     "pack_owner",
     "receive",
     "receive_owner",
-    "short_path",
     "unpack_found",
     "unpack_owner",
 ]
@@ -232,26 +225,3 @@ def _exactly(connection: socket.socket, nbytes: int, fds: list[int]) -> bytes:
             raise HungUpError("the other side hung up")
         data += piece
     return bytes(data)
-
-
-@contextmanager
-def short_path(path: Path) -> Iterator[tuple[int, str]]:
-    """Open a path's folder, and give its descriptor and a name of the path by way of it.
-
-    A socket's address holds 107 bytes, so many a path is too long; and what was checked of the
-    folder stays so, whatever becomes of the names above it.
-    """
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield folder, f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)
-
-
-def check_peer(connection: socket.socket) -> None:
-    """Raise PermissionError unless the other side runs as this user."""
-    size = struct.calcsize("3i")
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    _, uid, _ = struct.unpack("3i", credentials)
-    if uid != os.geteuid():
-        raise PermissionError(f"the other side runs as user {uid}, this one as {os.geteuid()}")

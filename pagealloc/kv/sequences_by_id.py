@@ -25,6 +25,7 @@ from pagealloc.kv.prefix_client import RemoteFound
 from pagealloc.kv.prefix_hash import token_bytes
 from pagealloc.kv.prefix_index import Found
 from pagealloc.kv.sequence import Sequence
+from pagealloc.slow_events import slow_event
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -128,17 +129,25 @@ class SequencesById(ABC):
         sequence = self._new_sequence(seq_id, evictable=evictable, for_fork=is_found)
         sequence._tokens = tokens
         try:
-            if isinstance(found, RemoteFound):
-                sequence._take_remote(found)
-            else:
-                if found.lease is not None:
-                    sequence._take_prefix(found.lease)
-                if found.on_disk:
-                    sequence._read_prefix(found.on_disk, tokens or b"")
+            if found != NOTHING:
+                with slow_event("prefix_restore") as attributes:
+                    self._restore(sequence, found, tokens or b"")
+                    attributes["n_tokens"] = sequence.n_cached
+                    attributes["source"] = _source_of(found)
         except BaseException:
             sequence.close()
             raise
         return sequence
+
+    @staticmethod
+    def _restore(sequence: Sequence, found: Found | RemoteFound, tokens: bytes) -> None:
+        if isinstance(found, RemoteFound):
+            sequence._take_remote(found)
+            return
+        if found.lease is not None:
+            sequence._take_prefix(found.lease)
+        if found.on_disk:
+            sequence._read_prefix(found.on_disk, tokens)
 
     def seq(self, seq_id: int) -> Sequence:
         """Return the open sequence of this number.
@@ -250,6 +259,13 @@ class SequencesById(ABC):
         reference = self._sequences.get(sequence.seq_id)
         if reference is not None and reference() is sequence:
             del self._sequences[sequence.seq_id]
+
+
+def _source_of(found: Found | RemoteFound) -> str:
+    """Return where the rows come from that take longest."""
+    if isinstance(found, RemoteFound):
+        return "process"
+    return "file" if found.on_disk else "memory"
 
 
 def _seq_id(seq_id: int) -> int:

@@ -15,33 +15,38 @@ __all__ = ["KVStats", "page_table_bytes"]
 class KVStats:
     """One reading of a `KVCache`.  Frozen; take another with ``cache.stats()``.
 
+    The first sentence on each parameter and property is what metrics say of it
+    (``pagealloc.observe``).
+
     Parameters
     ----------
     file_bytes : int
         Physical bytes of the cache's memory file: ``st_blocks * 512`` by fstat.  A page that many
         sequences share counts once (RSS counts it once a mapping).
     page_table_bytes : int
-        Growth of VmPTE in ``/proc/self/status`` since the cache was made, 0 if it shrank or where
-        the kernel does not tell.  VmPTE belongs to the process: what else the process mapped
-        meanwhile is in it.
+        Growth of the process's page tables since the cache was made.  That is VmPTE in
+        ``/proc/self/status``; 0 if it shrank or where the kernel does not tell.  What else the
+        process mapped meanwhile is in it.
     committed_bytes : int
-        Pages committed by the store's own ledger; equals `file_bytes` unless something else wrote
-        into the file.  This is what counts against the budget.
+        Bytes of the pages that a cache committed, which count against its budget.  By the store's
+        own ledger; equals `file_bytes` unless something else wrote into the file.
     needed_bytes : int
         Bytes of the distinct rows: a row that several sequences inherited from the same fork counts
         once.  Computed from lengths and lineage.
     shared_bytes : int
-        What sharing saves: of each page, all references beyond the first.  From the store's ledger.
+        Bytes that sharing saves: of each page, all references beyond the first.  From the store's
+        ledger.
     warm_bytes : int
-        Pages in windows of closed sequences, kept for new ones; part of `committed_bytes`.
+        Bytes of pages in windows of closed sequences, kept for new ones; a part of what is
+        committed.
     n_sequences : int
         Open sequences.
     n_tokens : int
-        Sum of their lengths, shared tokens counted in each.
+        Sum of the lengths of all open sequences, shared tokens counted in each.
     n_mappings : int
-        Kernel mappings that its windows cost the process, of ``vm.max_map_count``.
+        Kernel mappings that a cache's windows cost the process, of ``vm.max_map_count``.
     budget_bytes : int or None
-        Most bytes that may be committed.
+        Most bytes that a cache may commit.  None: no limit.
     """
 
     file_bytes: int
@@ -57,12 +62,12 @@ class KVStats:
 
     @property
     def held_bytes(self) -> int:
-        """Physical memory: `file_bytes` and `page_table_bytes` together."""
+        """Physical memory of a cache: its memory file and its page tables together."""
         return self.file_bytes + self.page_table_bytes
 
     @property
     def waste_bytes(self) -> int:
-        """What is held beyond the rows: rounding to pages and blocks, copied tails, page tables."""
+        """Bytes held beyond the rows: rounding to pages and blocks, copied tails, page tables."""
         return self.held_bytes - self.needed_bytes
 
     def __repr__(self) -> str:

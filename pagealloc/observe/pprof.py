@@ -1,7 +1,16 @@
 """pprof files: profiles as ``go tool pprof`` reads them, written and read.
 
 Purpose
-    A gzipped protocol buffer of some messages; of these the fields that a profile needs.
+    A gzipped protocol buffer of a few kinds of messages; of these the fields that a profile needs.
+Structure
+    ::
+
+        Profile --_Writer: numbers strings, functions, locations--> message --gzip--> file
+        file --_inflated--> message --_fields--> tables by number --_Reader--> Profile
+Invariants
+    Strings are numbered from 0, which is the empty one; functions and locations from 1.  Whatever
+    bytes are read, the answer is a profile or a ValueError, and takes memory within the bounds
+    below: a short file may not claim a long one's.
 Source
     github.com/google/pprof, proto/profile.proto.
 """
@@ -10,6 +19,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from pagealloc.observe.profiles import Frame, Profile, ValueType
@@ -19,28 +29,45 @@ if TYPE_CHECKING:
 
 __all__ = ["from_pprof", "to_pprof"]
 
-MAX_BYTES = 1 << 30
+MAX_BYTES = 64 << 20
 """Of a profile that is read, once it is not compressed any more."""
+MAX_REPEATS = 1 << 20
+"""Stacks in it, or strings, functions, lines."""
+MAX_FRAMES = 1 << 24
+"""In all its stacks together: a location of many lines may be in many of them."""
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+MASK_64 = (1 << 64) - 1
+
+Fields = dict[int, list[int | bytes]]
+"""A message's values by field number: numbers, or the bytes of texts and inner messages."""
 
 
 def to_pprof(profile: Profile) -> bytes:
-    """Return a profile as the bytes of a ``.pb.gz`` file."""
+    """Return a profile as the bytes of a ``.pb.gz`` file.
+
+    Raises
+    ------
+    ValueError
+        A value does not fit into 64 bits.
+    """
     return gzip.compress(_Writer(profile).message(), compresslevel=6, mtime=0)
 
 
 def from_pprof(data: bytes) -> Profile:
     """Return the profile of a file's bytes, compressed or not.
 
+    Labels and mappings are not kept; stacks that differ in nothing else become one.  If the file
+    names a value as its default, that one becomes the last.
+
     Raises
     ------
     ValueError
-        It is no profile, or a damaged one.
+        It is no profile, a damaged one, or too large a one.
     """
     try:
-        return _read_profile(_inflated(data))
-    except (IndexError, KeyError, UnicodeDecodeError, zlib.error, EOFError, OSError) as error:
+        return _Reader(_message(_inflated(data))).profile()
+    except (ValueError, zlib.error) as error:
         raise ValueError(f"not a pprof profile, or a damaged one: {error}") from error
 
 
@@ -63,26 +90,22 @@ class _Writer:
             at = b"".join(_varint(self._location(frame)) for frame in stack)
             counted = b"".join(_varint(value) for value in values)
             parts.append(_field(2, _field(1, at) + _field(2, counted)))
+        # One mapping, which says that names and lines are there: else pprof looks for a binary.
+        parts.append(_field(3, b"".join(_number(field, 1) for field in (1, 7, 8, 9))))
+        for frame, number in self._locations.items():
+            function = self._functions[frame.function, frame.file]
+            line = _number(1, function) + _number(2, frame.line)
+            parts.append(_field(4, _number(1, number) + _number(2, 1) + _field(4, line)))
+        for (name, file), number in self._functions.items():
+            text = self._string(name)
+            names = _number(2, text) + _number(3, text) + _number(4, self._string(file))
+            parts.append(_field(5, _number(1, number) + names))
         parts.append(_number(9, profile.time_ns) + _number(10, profile.duration_ns))
         parts.append(_field(11, self._value_type(profile.period_type)))
         parts.append(_number(12, profile.period))
         parts.append(_number(14, self._string(profile.value_types[-1].name)))
-        for frame, number in self._locations.items():
-            function = self._functions[frame.function, frame.file]
-            line = _number(1, function) + _number(2, frame.line)
-            parts.append(_field(4, _number(1, number) + _field(4, line)))
-        for (name, file), number in self._functions.items():
-            text = self._string(name)
-            parts.append(
-                _field(
-                    5,
-                    _number(1, number)
-                    + _number(2, text)
-                    + _number(3, text)
-                    + _number(4, self._string(file)),
-                )
-            )
-        parts += [_field(6, text.encode()) for text in self._strings]
+        # A file name may hold bytes that are no text, as os.fsdecode keeps them.
+        parts += [_field(6, text.encode(errors="backslashreplace")) for text in self._strings]
         return b"".join(parts)
 
     def _string(self, text: str) -> int:
@@ -97,7 +120,9 @@ class _Writer:
 
 
 def _varint(value: int) -> bytes:
-    value &= (1 << 64) - 1
+    if not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"{value} does not fit into the 64 bits of a pprof file")
+    value &= MASK_64
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -114,19 +139,20 @@ def _field(field: int, data: bytes) -> bytes:
     return _varint(field << 3 | BYTES) + _varint(len(data)) + data
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- reading: bytes -> fields ---------------------------------------------------------------------
 
 
 def _inflated(data: bytes) -> bytes:
-    if data[:2] != b"\x1f\x8b":
-        return data
-    inflater = zlib.decompressobj(wbits=31)
-    found = inflater.decompress(data, MAX_BYTES)
-    if inflater.unconsumed_tail:
-        raise ValueError(f"a profile of more than {MAX_BYTES} bytes")
-    if not inflater.eof:
-        raise ValueError("the profile is truncated")
-    return found
+    if data[:2] == b"\x1f\x8b":
+        inflater = zlib.decompressobj(wbits=31)  # with gzip's header and checksum
+        data = inflater.decompress(data, MAX_BYTES + 1)
+        if len(data) <= MAX_BYTES and not inflater.eof:
+            raise ValueError("its end is missing")
+        if inflater.unused_data:
+            raise ValueError("more bytes follow its end")
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+    return data
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -140,54 +166,48 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             yield field, value
             continue
         if kind == BYTES:
-            length, at = _read_varint(data, at)
+            n_bytes, at = _read_varint(data, at)
         elif kind in (FIXED64, FIXED32):
-            length = 8 if kind == FIXED64 else 4
+            n_bytes = 8 if kind == FIXED64 else 4
         else:
             raise ValueError(f"a field of kind {kind}")
-        if length > len(data) - at:
-            raise ValueError(f"a field of {length} bytes, of which {len(data) - at} are there")
-        yield field, data[at : at + length]
-        at += length
+        if n_bytes > len(data) - at:
+            raise ValueError(f"a field of {n_bytes} bytes, of which {len(data) - at} are there")
+        yield field, data[at : at + n_bytes]
+        at += n_bytes
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
+    value = 0
+    for shift in range(0, 64, 7):
+        if at == len(data):
+            raise ValueError("a number without an end")
         byte = data[at]
-        value |= (byte & 127) << shift
         at += 1
+        value |= (byte & 127) << shift
         if byte < 128:
-            return value & (1 << 64) - 1, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number of more than 64 bits")
+            return value & MASK_64, at
+    raise ValueError("a number of more than 64 bits")
 
 
-def _numbers(values: list[int | bytes]) -> list[int]:
-    """Return repeated numbers, packed or not."""
-    found: list[int] = []
-    for value in values:
-        if isinstance(value, int):
-            found.append(value)
-            continue
-        at = 0
-        while at < len(value):
-            number, at = _read_varint(value, at)
-            found.append(number)
-    return found
-
-
-def _message(data: int | bytes) -> dict[int, list[int | bytes]]:
-    if isinstance(data, int):
-        raise ValueError("a number where a message belongs")  # noqa: TRY004  # damaged data
-    fields: dict[int, list[int | bytes]] = {}
-    for field, value in _fields(data):
-        fields.setdefault(field, []).append(value)
+def _message(data: int | bytes) -> Fields:
+    fields: Fields = {}
+    for field, value in _fields(_bytes(data)):
+        values = fields.setdefault(field, [])
+        values.append(value)
+        if len(values) > MAX_REPEATS:
+            raise ValueError(f"more than {MAX_REPEATS:,} of field {field}")
     return fields
 
 
-def _one(fields: dict[int, list[int | bytes]], field: int) -> int:
+def _bytes(value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        raise ValueError("a number where bytes belong")  # noqa: TRY004  # damaged data
+    return value
+
+
+def _one(fields: Fields, field: int) -> int:
+    """Return a field's number, which is 0 if it is not there."""
     value = fields.get(field, [0])[-1]
     if not isinstance(value, int):
         raise ValueError("bytes where a number belongs")  # noqa: TRY004  # damaged data
@@ -198,44 +218,112 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _read_profile(data: bytes) -> Profile:
-    fields = _message(data)
-    strings = []
-    for text in fields.get(6, []):
-        if isinstance(text, int):
-            raise ValueError("a number where a string belongs")  # noqa: TRY004  # damaged data
-        strings.append(text.decode())
+def _numbers(fields: Fields, field: int) -> Iterator[int]:
+    """Yield repeated numbers, packed or not."""
+    for value in fields.get(field, []):
+        if isinstance(value, int):
+            yield value
+            continue
+        at = 0
+        while at < len(value):
+            number, at = _read_varint(value, at)
+            yield number
 
-    def value_type(message: int | bytes) -> ValueType:
-        parts = _message(message)
-        return ValueType(strings[_one(parts, 1)], strings[_one(parts, 2)])
 
-    functions = {}
-    for message in fields.get(5, []):
+# --- reading: fields -> profile -------------------------------------------------------------------
+
+
+class _Reader:
+    """Looks up what messages name by number: strings, functions, locations."""
+
+    def __init__(self, fields: Fields) -> None:
+        self._fields = fields
+        self._n_frames_left = MAX_FRAMES
+        self._strings = [_bytes(text).decode() for text in fields.get(6, [])]
+        if self._strings[:1] != [""]:
+            raise ValueError("its first string is not the empty one")
+        self._functions: dict[int, tuple[str, str]] = {}
+        n_lines = 0
+        for number, parts in self._numbered(5):
+            name = self._string(parts, 2) or self._string(parts, 3)
+            self._functions[number] = name, self._string(parts, 4)
+        self._locations: dict[int, tuple[Frame, ...]] = {}
+        for number, parts in self._numbered(4):
+            n_lines += len(parts.get(4, []))
+            if n_lines > MAX_REPEATS:
+                raise ValueError(f"its locations have more than {MAX_REPEATS:,} lines")
+            self._locations[number] = self._frames(parts)
+
+    def profile(self) -> Profile:
+        fields = self._fields
+        types = [self._value_type(message) for message in fields.get(1, [])]
+        if not types:
+            raise ValueError("it does not say what its values are")
+        period_type = self._value_type(fields[11][-1]) if 11 in fields else types[-1]
+        default = self._default(types)
+        types.append(types.pop(default))
+        profile = Profile(
+            tuple(types),
+            period_type,
+            _signed(_one(fields, 12)),
+            time_ns=_signed(_one(fields, 9)),
+            duration_ns=_signed(_one(fields, 10)),
+        )
+        for message in fields.get(2, []):
+            parts = _message(message)
+            values = [_signed(value) for value in islice(_numbers(parts, 2), len(types) + 1)]
+            if len(values) != len(types):
+                raise ValueError(f"a stack has not {len(types)} values")
+            values.append(values.pop(default))
+            profile.add(self._stack(parts), values)
+        return profile
+
+    def _numbered(self, field: int) -> Iterator[tuple[int, Fields]]:
+        """Yield messages with their numbers."""
+        numbers = set()
+        for message in self._fields.get(field, []):
+            parts = _message(message)
+            number = _one(parts, 1)
+            if number == 0 or number in numbers:
+                raise ValueError(f"number {number} is not one entry's own in field {field}")
+            numbers.add(number)
+            yield number, parts
+
+    def _string(self, fields: Fields, field: int) -> str:
+        number = _one(fields, field)
+        if number >= len(self._strings):
+            raise ValueError(f"string {number} of {len(self._strings)}")
+        return self._strings[number]
+
+    def _value_type(self, message: int | bytes) -> ValueType:
         parts = _message(message)
-        functions[_one(parts, 1)] = strings[_one(parts, 2)], strings[_one(parts, 4)]
-    locations = {}
-    for message in fields.get(4, []):
-        parts = _message(message)
-        lines = [_message(line) for line in parts.get(4, [])]
-        locations[_one(parts, 1)] = [
-            Frame(*functions[_one(line, 1)], _signed(_one(line, 2))) for line in lines
-        ] or [Frame(f"{_one(parts, 3):#x}", "")]
-    value_types = tuple(value_type(each) for each in fields.get(1, []))
-    if not value_types:
-        raise ValueError("it says of no value what it is")
-    period = fields.get(11)
-    profile = Profile(
-        value_types,
-        value_type(period[-1]) if period else value_types[-1],
-        _signed(_one(fields, 12)),
-    )
-    profile.time_ns, profile.duration_ns = _signed(_one(fields, 9)), _signed(_one(fields, 10))
-    for message in fields.get(2, []):
-        parts = _message(message)
-        stack = tuple(frame for number in _numbers(parts.get(1, [])) for frame in locations[number])
-        values = [_signed(value) for value in _numbers(parts.get(2, []))]
-        if len(values) != len(value_types):
-            raise ValueError(f"{len(values)} values where {len(value_types)} belong")
-        profile.add(stack, values)
-    return profile
+        return ValueType(self._string(parts, 1), self._string(parts, 2))
+
+    def _default(self, types: list[ValueType]) -> int:
+        """Return which value is shown by default: the one that the file names, or the last."""
+        name = self._string(self._fields, 14)
+        named = [which for which, each in enumerate(types) if name and each.name == name]
+        return named[-1] if named else len(types) - 1
+
+    def _frames(self, location: Fields) -> tuple[Frame, ...]:
+        """Return a location's calls: more than one where the compiler put them into each other."""
+        frames = []
+        for message in location.get(4, []):
+            line = _message(message)
+            function = self._functions.get(_one(line, 1))
+            if function is None:
+                raise ValueError(f"function {_one(line, 1)} is missing")
+            frames.append(Frame(*function, _signed(_one(line, 2))))
+        return tuple(frames) or (Frame(f"{_one(location, 3):#x}", ""),)
+
+    def _stack(self, sample: Fields) -> tuple[Frame, ...]:
+        frames: list[Frame] = []
+        for number in _numbers(sample, 1):
+            location = self._locations.get(number)
+            if location is None:
+                raise ValueError(f"location {number} is missing")
+            self._n_frames_left -= len(location)
+            if self._n_frames_left < 0:
+                raise ValueError(f"its stacks have more than {MAX_FRAMES:,} calls")
+            frames += location
+        return tuple(frames)

@@ -2,6 +2,10 @@
 
 Purpose
     What samplers fill, and what pprof files, folded stacks and flame graphs are made of.
+Invariants
+    Each stack has as many values as the profile has value types.
+Locking
+    None: a profile belongs to whoever fills or reads it.
 Units
     As each value's type says: bytes, nanoseconds, or a count.
 """
@@ -9,7 +13,10 @@ Units
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["Frame", "Profile", "Stack", "ValueType"]
 
@@ -20,6 +27,12 @@ class Frame(NamedTuple):
     function: str
     file: str
     line: int = 0
+    """0 if it is not known."""
+
+    @property
+    def place(self) -> str:
+        """File and line, as far as they are known."""
+        return f"{self.file}:{self.line}" if self.file and self.line else self.file
 
 
 Stack = tuple[Frame, ...]
@@ -56,8 +69,16 @@ class Profile:
     time_ns: int = 0
     duration_ns: int = 0
 
-    def add(self, stack: Stack, values: list[int]) -> None:
-        """Add values to a stack's."""
+    def add(self, stack: Stack, values: Sequence[int]) -> None:
+        """Add values, one of each type, to a stack's.
+
+        Raises
+        ------
+        ValueError
+            There are more or fewer values than types.
+        """
+        if len(values) != len(self.value_types):
+            raise ValueError(f"{len(values)} values where {len(self.value_types)} belong")
         known = self.samples.get(stack)
         if known is None:
             self.samples[stack] = list(values)
@@ -70,24 +91,31 @@ class Profile:
         return sum(values[which] for values in self.samples.values())
 
     def hottest(self, n: int, which: int = -1) -> list[tuple[Frame, int]]:
-        """Return the lines with most of a value of their own, and how much."""
+        """Return the lines with most of a value of their own, and how much.
+
+        What calls do counts for the line called, not for the calling one.  In a difference, those
+        come first that changed most, whether up or down.
+        """
         own: dict[Frame, int] = {}
         for stack, values in self.samples.items():
             if stack:
                 own[stack[0]] = own.get(stack[0], 0) + values[which]
-        return sorted(own.items(), key=lambda item: -item[1])[:n]
+        changed = (item for item in own.items() if item[1])
+        return sorted(changed, key=lambda item: (-abs(item[1]), item[0]))[:n]
 
     def folded(self, which: int = -1) -> str:
-        """Return the stacks as lines, "outer;inner value", as flame graph tools read them."""
-        lines = (
-            f"{';'.join(_folded_name(frame) for frame in reversed(stack))} {values[which]}"
-            for stack, values in self.samples.items()
-            if values[which]
-        )
-        return "".join(f"{line}\n" for line in sorted(lines))
+        """Return the stacks as lines, "outer;inner value", as flame graph tools read them.
+
+        A value may be negative in a difference; few tools read that.
+        """
+        by_name: dict[str, int] = {}
+        for stack, values in self.samples.items():
+            name = ";".join(_folded_name(frame) for frame in reversed(stack)) or "(no stack)"
+            by_name[name] = by_name.get(name, 0) + values[which]
+        return "".join(f"{name} {value}\n" for name, value in sorted(by_name.items()) if value)
 
     def minus(self, other: Profile) -> Profile:
-        """Return what this one has more than another; less is negative.
+        """Return what this one has more than another; less is negative, as much is left out.
 
         Raises
         ------
@@ -106,12 +134,17 @@ class Profile:
             difference.add(stack, values)
         for stack, values in other.samples.items():
             difference.add(stack, [-value for value in values])
+        difference.samples = {
+            stack: values for stack, values in difference.samples.items() if any(values)
+        }
         return difference
 
 
 def _names(profile: Profile) -> str:
-    return ", ".join(each.name for each in profile.value_types)
+    return ", ".join(f"{name} ({unit})" for name, unit in profile.value_types)
 
 
 def _folded_name(frame: Frame) -> str:
-    return f"{frame.function} ({frame.file}:{frame.line})".replace(";", ",")
+    """Return a frame without what would end it, or its line."""
+    name = f"{frame.function} ({frame.place})" if frame.place else frame.function
+    return " ".join(name.replace(";", ",").split()) or "(no name)"

@@ -21,6 +21,7 @@ import psutil
 
 from pagealloc import AllocatorStats, ClosedError, LatencyHistogram, PageAllocator
 from pagealloc.core.heap_owner import open_heaps
+from pagealloc.core.lock_waits import lock_wait_counts
 from pagealloc.kv.open_caches import open_caches
 from pagealloc.observe.straddling import NO_ROWS, StraddlingRows, straddling_rows
 
@@ -71,7 +72,11 @@ class Snapshot:
     n_minor_faults, n_major_faults : int
         Page faults of the whole process since it started.
     resident_bytes : int
-        Of the whole process; a page that is mapped twice counts twice.
+        Resident memory of the whole process, in which a page that is mapped twice counts twice.
+    n_lock_waits : int
+        How often threads had to wait for a mutex of the core that they share.
+    lock_wait_ns : int
+        How long they waited together.
     allocators : tuple of AllocatorReading
     caches : tuple of CacheReading
     """
@@ -81,8 +86,15 @@ class Snapshot:
     n_minor_faults: int
     n_major_faults: int
     resident_bytes: int
+    n_lock_waits: int
+    lock_wait_ns: int
     allocators: tuple[AllocatorReading, ...]
     caches: tuple[CacheReading, ...]
+
+    @property
+    def lock_wait_s(self) -> float:
+        """Seconds that threads waited for mutexes of the core that they share."""
+        return self.lock_wait_ns / 1e9
 
 
 def take_snapshot() -> Snapshot:
@@ -91,12 +103,15 @@ def take_snapshot() -> Snapshot:
     Thread-safe.  What another thread closes meanwhile is left out.
     """
     usage = resource.getrusage(resource.RUSAGE_SELF)
+    n_lock_waits, lock_wait_ns = lock_wait_counts()
     return Snapshot(
         pid=os.getpid(),
         time_s=time.time(),
         n_minor_faults=usage.ru_minflt,
         n_major_faults=usage.ru_majflt,
         resident_bytes=_resident_bytes(),
+        n_lock_waits=n_lock_waits,
+        lock_wait_ns=lock_wait_ns,
         allocators=tuple(_open_only(_read_allocator, open_heaps())),
         caches=tuple(_open_only(_read_cache, open_caches())),
     )

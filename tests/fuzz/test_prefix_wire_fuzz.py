@@ -12,6 +12,7 @@ from pagealloc import WireError
 from pagealloc.kv import KVCache, prefix_wire
 from pagealloc.kv.prefix_hash import owner_key
 from pagealloc.kv.prefix_wire import Owner, Reader, Run
+from pagealloc.kv.user_socket import short_path
 
 PAGE_BYTES = 65536
 WINDOW_BYTES, FILE_BYTES = 64 * PAGE_BYTES, 1024 * PAGE_BYTES
@@ -114,7 +115,7 @@ def test_an_owner_that_is_sent_anything(rng, duration_s, tmp_path):
                 end_s = time.monotonic() + duration_s
                 while time.monotonic() < end_s:
                     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
-                        with prefix_wire.short_path(path) as (_, short):
+                        with short_path(path) as (_, short):
                             other.connect(short)
                         other.sendall(changed(rng, whole) if rng.randrange(8) else whole)
                         other.settimeout(0.05)

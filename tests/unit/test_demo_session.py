@@ -24,6 +24,7 @@ from pagealloc.demo.report import footnotes, table_rows, verdict
 from pagealloc.demo.side import run_side
 from pagealloc.demo.tiny_model import write_tiny_model
 from pagealloc.kv.quantisation import KV_KINDS
+from pagealloc.slow_events import on_slow_event
 
 
 def parse(*arguments):
@@ -39,6 +40,7 @@ def has(module):
 RESULT = SideResult(
     kv_bytes=1000 << 20,
     page_table_bytes=0,
+    huge_bytes=None,
     peak_rss_bytes=2 << 30,
     faults_startup=90_000,
     faults_first_inference=10_000,
@@ -190,8 +192,12 @@ def test_rich_display_streams_one_conversation(capsys):
 
 
 def test_prompt_streams_an_answer(capsys):
+    events = []
+    remove = on_slow_event(events.append)
     assert cli.run(parse("--quick", "--prompt", "Hello?", "--max-new-tokens", "5")) == 0
+    remove()
     assert "+ 5 tokens in" in capsys.readouterr().out
+    assert [(event.name, event.attributes["n_tokens"]) for event in events] == [("demo_request", 5)]
 
 
 def test_a_long_prompt_is_refused_before_anything_runs():

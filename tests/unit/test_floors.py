@@ -19,7 +19,7 @@ SUFFIXES = (".py", ".pyx", ".pxd", ".pyi")
 # The areas of the package, bottom up; "" is `pagealloc` itself, the public names.  An area imports
 # from those before it and from itself; areas in one row do not know each other.
 AREAS = (
-    ("errors", "units", "options"),
+    ("errors", "units", "options", "slow_events"),
     ("core",),
     ("",),
     ("kv",),

@@ -28,6 +28,7 @@ from pagealloc.kv.prefix_wire import (
     pack_owner,
     receive,
 )
+from pagealloc.kv.user_socket import short_path
 
 PROMPTS = [[1] * 16, [1] * 8 + [2] * 8, [3] * 12]
 
@@ -408,7 +409,7 @@ def all_bytes(fd):
 def connected(path):
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.settimeout(10)
-    with prefix_wire.short_path(path) as (_, short):
+    with short_path(path) as (_, short):
         client.connect(short)
     return client
 
@@ -430,7 +431,7 @@ class TestAnOwnerThatIsNone:
     )
     def test_it(self, path, kind, payload, fds, match):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            with prefix_wire.short_path(path) as (_, short):
+            with short_path(path) as (_, short):
                 listener.bind(short)
             listener.listen()
             with os.fdopen(os.memfd_create("pages", os.MFD_ALLOW_SEALING)) as file:
@@ -483,7 +484,7 @@ class TestTheSocket:
 
     def test_what_a_dead_owner_left(self, path):
         with (
-            prefix_wire.short_path(path) as (_, short),
+            short_path(path) as (_, short),
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead,
         ):
             dead.bind(short)

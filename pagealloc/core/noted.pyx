@@ -1,0 +1,119 @@
+"""Which blocks, and which waits, are noted with the Python stack that they come from.
+
+Purpose
+    Two flags for all who want to know: the report of leaks and a profiler of the heap; a profiler
+    of contention.
+Invariants
+    blocks_are_noted <=> leaks are reported, or there is a heap profiler
+    waits_are_noted <=> there is a wait profiler
+Locking
+    The GIL.
+Units
+    Bytes; nanoseconds.
+Source
+    Of how gaps are drawn: https://pkg.go.dev/runtime#MemProfileRate and tcmalloc's sampler.
+"""
+
+from libc.math cimport log
+from libc.stdint cimport int64_t, uint64_t
+
+from pagealloc.core.lock_waits cimport take_waited_ns
+
+from pagealloc.core import leaks
+from pagealloc.core.lock_waits import forget_waits
+
+blocks_are_noted = leaks.LEAK_EVERY > 0
+waits_are_noted = False
+
+cdef object heap_profiler = None
+cdef object wait_profiler = None
+cdef int64_t period_bytes = 0
+cdef int64_t left_bytes = 0
+cdef uint64_t random_state = 0x9E3779B97F4A7C15
+
+
+cdef int64_t next_gap() noexcept:
+    """Bytes to the next one that is picked: exponential, so that no rhythm hides from it."""
+    global random_state
+    random_state ^= random_state << 13      # Marsaglia's xorshift64
+    random_state ^= random_state >> 7
+    random_state ^= random_state << 17
+    cdef double uniform = <double>((random_state >> 11) + 1) * 2.0 ** -53
+    return <int64_t>(-log(uniform) * <double>period_bytes)
+
+
+cdef int note_block(object block, int64_t nbytes, Py_ssize_t n_parts) except -1:
+    """Tell who wants to know of a Buffer, or of a Batch of `n_parts`, of so many bytes in all."""
+    if leaks.LEAK_EVERY:
+        leaks.note_allocation(block, n_parts)
+    return sample(block, nbytes, n_parts)
+
+
+cdef int note_pages(object window, int64_t nbytes) except -1:
+    """Tell who wants to know that a Window has so many bytes more."""
+    return sample(window, nbytes, 1) if nbytes > 0 else 0
+
+
+cdef int sample(object block, int64_t nbytes, Py_ssize_t n_parts) except -1:
+    global left_bytes
+    if heap_profiler is not None:
+        left_bytes -= nbytes
+        if left_bytes < 0 or period_bytes == 1:
+            left_bytes = next_gap()
+            heap_profiler(block, nbytes, n_parts)
+    return 0
+
+
+cdef int note_wait() except -1:
+    """Tell who wants to know of what this thread has just waited."""
+    cdef int64_t waited_ns = take_waited_ns()
+    if waited_ns and wait_profiler is not None:
+        wait_profiler(waited_ns)
+    return 0
+
+
+def start_heap_profile(profiler, int64_t every_bytes) -> None:
+    """Have ``profiler(block, nbytes, n_parts)`` called for one byte in so many; 1: every block.
+
+    Raises
+    ------
+    RuntimeError
+        There is one already.
+    """
+    global heap_profiler, period_bytes, left_bytes, blocks_are_noted
+    if heap_profiler is not None:
+        raise RuntimeError("the heap is profiled already: stop that profile first")
+    period_bytes = every_bytes
+    left_bytes = next_gap()
+    heap_profiler = profiler
+    blocks_are_noted = True
+
+
+def stop_heap_profile() -> None:
+    """Call nobody any more."""
+    global heap_profiler, blocks_are_noted
+    heap_profiler = None
+    blocks_are_noted = leaks.LEAK_EVERY > 0
+
+
+def start_wait_profile(profiler) -> None:
+    """Have ``profiler(waited_ns)`` called in each thread that had to wait for a shared mutex.
+
+    Raises
+    ------
+    RuntimeError
+        There is one already.
+    """
+    global wait_profiler, waits_are_noted
+    if wait_profiler is not None:
+        raise RuntimeError("contention is profiled already: stop that profile first")
+    forget_waits()
+    wait_profiler = profiler
+    waits_are_noted = True
+
+
+def stop_wait_profile() -> None:
+    """Call nobody any more."""
+    global wait_profiler, waits_are_noted
+    wait_profiler = None
+    waits_are_noted = False

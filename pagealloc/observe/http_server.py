@@ -1,0 +1,88 @@
+"""A small HTTP server in a thread, for a WSGI app that tells what this process does.
+
+Purpose
+    Metrics and profiles of a process that serves nothing else by HTTP.
+Locking
+    A thread a connection; the app sees to its own.
+"""
+
+from __future__ import annotations
+
+import socket
+from socketserver import ThreadingMixIn
+from threading import Thread
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from pagealloc.observe.host_check import HostCheck
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from wsgiref.types import WSGIApplication
+
+__all__ = ["serve_in_thread"]
+
+IDLE_TIMEOUT_S = 30
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True  # an open connection does not keep the process
+
+    def server_bind(self) -> None:
+        """Bind, without the look-up of a name that http.server makes: DNS may take its time."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = IDLE_TIMEOUT_S  # who says nothing does not keep a thread
+
+    def log_message(self, *_args: object) -> None:
+        """Say nothing: stderr is the program's."""
+
+
+def serve_in_thread(
+    app: WSGIApplication, port: int, addr: str = "127.0.0.1", *, hosts: Iterable[str] = ()
+) -> tuple[WSGIServer, Thread]:
+    """Serve a WSGI app in a daemon thread.
+
+    Parameters
+    ----------
+    app : WSGI application
+        Called from several threads at the same time.
+    port : int
+        0: any that is free, see ``server.server_port``.
+    addr : str
+        Where to listen, an IPv4 or IPv6 address or a name of one; this machine alone by default.
+    hosts : iterable of str
+        Names by which clients may ask besides `addr` and those of loopback, see `HostCheck`.
+
+    Returns
+    -------
+    server, thread
+        ``server.shutdown()`` ends the thread, ``server.server_close()`` then frees the port.
+
+    Raises
+    ------
+    OSError
+        The port is taken, or `addr` is not of this machine.
+
+    Notes
+    -----
+    A child of ``os.fork()`` has no such thread: it serves nothing until it calls this again.
+    """
+    family, *_, address = socket.getaddrinfo(
+        addr, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+
+    class Server(_Server):
+        address_family = family
+
+    server = Server((str(address[0]), port), _Handler)
+    server.set_app(HostCheck(app, [addr, *hosts]))
+    thread = Thread(target=server.serve_forever, name="pagealloc-http", daemon=True)
+    thread.start()
+    return server, thread

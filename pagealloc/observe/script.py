@@ -1,0 +1,92 @@
+"""A Python script, run in this process as ``python SCRIPT`` would.
+
+Source
+    runpy and the command line: https://docs.python.org/3/using/cmdline.html
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["run_script"]
+
+
+def run_script(
+    script: str, arguments: Sequence[str], at_end: Callable[[], Any], *, is_module: bool = False
+) -> int:
+    """Run a script, and something at its end while its variables are still there.
+
+    Parameters
+    ----------
+    script : str
+        File to run, as ``__main__``; with `is_module` the name of a module, as ``python -m``.
+    arguments : sequence of str
+        What the script finds in ``sys.argv[1:]``.
+    at_end : callable
+        Called without arguments, also if the script raised or ended itself by ``sys.exit()``.
+    is_module : bool
+
+    Returns
+    -------
+    int
+        The exit code that ``python SCRIPT`` would have had; what the script raised was printed.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such script.
+    """
+    if not is_module and not Path(script).exists():
+        raise FileNotFoundError(f"there is no script {script!r}")
+    argv, path = sys.argv, list(sys.path)
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path.cwd() if is_module else Path(script).resolve().parent)
+    kept: object = None
+    code = 0
+    try:
+        # What the script's globals refer to lives for as long as they are kept.
+        if is_module:
+            kept = runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            kept = runpy.run_path(str(Path(script).absolute()), run_name="__main__")
+    except SystemExit as end:
+        kept = end.__traceback__
+        code = _exit_code(end.code)
+    except KeyboardInterrupt as end:
+        kept = end.__traceback__
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BaseException as error:  # noqa: BLE001  # the script's own, shown as Python would
+        kept = error.__traceback__
+        _print_error(error)
+        code = 1
+    finally:
+        try:
+            at_end()
+        finally:
+            del kept
+            sys.argv, sys.path[:] = argv, path
+    return code
+
+
+def _exit_code(code: object) -> int:
+    """Return what the process ends with: https://docs.python.org/3/library/sys.html#sys.exit."""
+    if code is None or isinstance(code, int):
+        return int(code or 0)
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _print_error(error: BaseException) -> None:
+    """Print a traceback that begins in the script."""
+    stack = error.__traceback__
+    while stack is not None and stack.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
+        stack = stack.tb_next
+    traceback.print_exception(type(error), error, stack)

@@ -1,0 +1,119 @@
+"""``pagealloc profile``: files, the hottest lines, differences, errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pagealloc.cli.main import main
+from pagealloc.observe.pprof import from_pprof
+
+SCRIPT = """
+import sys
+import pagealloc
+
+allocator = pagealloc.PageAllocator()
+
+def hot(n):
+    return [allocator.alloc("1MiB") for _ in range(n)]
+
+def cold():
+    return [allocator.alloc("1MiB") for _ in range(2)]
+
+kept = hot(int(sys.argv[1]))
+cold()
+print("done")
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "planted.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def lines_with(text: str, word: str) -> list[str]:
+    return [line for line in text.splitlines() if word in line]
+
+
+def test_all_kinds(script, tmp_path, capfd):
+    assert main(["profile", "--period", "1", "-o", "out", script, "20", "3"]) == 3
+    said = capfd.readouterr()
+    assert said.out == "done\n"
+    assert "  22.0 MiB allocated" in said.err
+    assert "  20.0 MiB live at the end" in said.err
+    first = lines_with(said.err, "MiB  hot")
+    assert [line.split()[:2] for line in first] == [["20.0", "MiB"], ["20.0", "MiB"]]
+    assert "planted.py:8" in first[0]
+    assert str(tmp_path) not in first[0], "as short as it is clear"
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {
+        f"{kind}{suffix}"
+        for kind in ("heap", "cpu", "contention")
+        for suffix in (".pb.gz", ".html", ".folded")
+    }
+    heap = from_pprof((tmp_path / "out/heap.pb.gz").read_bytes())
+    outermost = {stack[-1].function for stack in heap.samples}
+    assert outermost == {"planted (module)"}, "whoever ran it is not in the way"
+
+
+def test_one_kind(script, tmp_path, capfd):
+    assert main(["profile", "--heap", "--period", "1", "-o", "out", script, "1", "0"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "heap.pb.gz",
+        "heap.html",
+        "heap.folded",
+    }
+    assert "CPU" not in capfd.readouterr().err
+
+
+def test_difference(script, capfd):
+    for name, n in (("a", "20"), ("b", "5")):
+        main(["profile", "--heap", "--period", "1", "-o", name, script, n, "0"])
+    capfd.readouterr()
+    assert main(["profile", "-o", "c", "--diff", "a/heap.pb.gz", "b/heap.pb.gz"]) == 0
+    said = capfd.readouterr().err
+    assert "-15.0 MiB live at the end" in said
+    assert lines_with(said, "-15.0 MiB  hot")
+    page = Path("c/diff.html").read_text()
+    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    assert data["isDifference"] is True
+
+
+def test_differences_of_what_is_no_profile(tmp_path, capfd):
+    path = tmp_path / "a.pb.gz"
+    path.write_bytes(b"nonsense")
+    assert main(["profile", "--diff", str(path), str(path)]) == 1
+    assert f"{path}: " in capfd.readouterr().err
+    assert main(["profile", "--diff", str(tmp_path / "none"), str(path)]) == 1
+    assert "No such file" in capfd.readouterr().err
+
+
+def test_usage(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["profile"]) == 2
+    assert "which script?" in capfd.readouterr().err
+    assert main(["profile", "none.py"]) == 1
+    assert "there is no script 'none.py'" in capfd.readouterr().err
+    (tmp_path / "empty.py").touch()
+    assert main(["profile", "--period", "much", "empty.py"]) == 2
+    assert "period" in capfd.readouterr().err
+    assert main(["profile", "--serve", "0", "--heap", "empty.py"]) == 2
+    assert "--serve profiles on demand" in capfd.readouterr().err
+
+
+def test_a_script_that_fails_is_profiled_all_the_same(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "pagealloc", "profile", "--heap", "-o", "out", script, "nonsense"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert "ValueError: invalid literal" in done.stderr
+    assert (tmp_path / "out/heap.pb.gz").exists()

@@ -1,0 +1,82 @@
+"""run_script(): as ``python SCRIPT`` would, with something to do at its end."""
+
+import builtins
+import sys
+
+import pytest
+
+from pagealloc.observe.script import run_script
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_script(text: str) -> str:
+        path = tmp_path / "script.py"
+        path.write_text(text)
+        return str(path)
+
+    return write_script
+
+
+def run(script: str, *arguments: str, **options) -> tuple[int, int]:
+    """Return the exit code, and how often the end was told."""
+    ends: list[bool] = []
+    return run_script(script, arguments, lambda: ends.append(True), **options), len(ends)
+
+
+def test_as_python_would(write, capfd):
+    before = sys.argv, list(sys.path)
+    script = write(
+        "import sys, os\nprint(__name__, sys.argv[1:], os.path.dirname(__file__) == sys.path[0])"
+    )
+    assert run(script, "a", "--b") == (0, 1)
+    assert capfd.readouterr().out == "__main__ ['a', '--b'] True\n"
+    assert (sys.argv, sys.path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("raise SystemExit", 0, ""),
+        ("import sys; sys.exit(7)", 7, ""),
+        ("import sys; sys.exit('a reason')", 1, "a reason\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+    ],
+)
+def test_exit_codes(write, capfd, text, code, said):
+    assert run(write(text)) == (code, 1)
+    assert capfd.readouterr().err == said
+
+
+def test_a_traceback_begins_in_the_script(write, capfd):
+    assert run(write("def f():\n    1 / 0\nf()\n")) == (1, 1)
+    error = capfd.readouterr().err
+    assert error.startswith('Traceback (most recent call last):\n  File "')
+    assert "runpy" not in error
+    assert "observe/script.py" not in error
+    assert error.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_variables_are_there_at_the_end(write):
+    script = write(
+        "import builtins, weakref\n"
+        "class Thing: pass\n"
+        "thing = Thing()\n"
+        "builtins.planted = weakref.ref(thing)\n"
+    )
+    seen = []
+    run_script(script, [], lambda: seen.append(builtins.planted() is not None))
+    assert seen == [True]
+    del builtins.planted
+
+
+def test_modules(tmp_path, monkeypatch, capfd):
+    (tmp_path / "planted_module.py").write_text("import sys; print(__name__, sys.argv[1:])")
+    monkeypatch.chdir(tmp_path)
+    assert run("planted_module", "x", is_module=True) == (0, 1)
+    assert capfd.readouterr().out == "__main__ ['x']\n"
+
+
+def test_no_such_script(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no script"):
+        run(str(tmp_path / "none.py"))
