@@ -5,21 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import sys
 import threading
-import traceback
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pagealloc.cli import CommandError
 from pagealloc.errors import BackingUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from types import TracebackType
 
     from pagealloc.observe.doctor_finding import Finding
 
@@ -29,14 +24,13 @@ NAME = "doctor"
 HELP = "say what is wrong with the use of memory, and what to do"
 
 EXIT_FOUND = 1
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options of this subcommand."""
     parser.epilog = (
-        "The exit code is 1 if there is a problem, else the script's own; advice alone is 0."
+        "Without a script or a process, the machine alone is examined.  The exit code is 1 if "
+        "there is a problem, else the script's own; advice alone is 0."
     )
     parser.add_argument(
         "--json",
@@ -44,32 +38,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print one JSON object instead; what the script prints goes to stderr",
     )
     parser.add_argument(
-        "script",
-        nargs="?",
-        metavar="SCRIPT.py",
-        help="a Python program to run and watch (default: the machine alone is examined)",
+        "--pid", type=int, help="watch a running process of this user's, which has a feed"
     )
     parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's arguments"
+        "--seconds",
+        type=float,
+        default=5.0,
+        metavar="N",
+        help="for how long, with --pid (default: 5)",
     )
+    parser.add_argument(
+        "-m", dest="module", action="store_true", help="SCRIPT is a module, as for python -m"
+    )
+    parser.add_argument("script", metavar="SCRIPT", nargs="?", help="what to run and watch")
+    parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine the machine, or a script's run; 1 if there is a problem, else the script's code."""
-    from pagealloc.observe.doctor import examine, examine_machine, settle
-    from pagealloc.observe.doctor_watch import Watch
+    """Examine a script's run, a process or the machine; 1 if there is a problem."""
+    from pagealloc.observe.doctor import examine_machine, examine_pid
 
+    if args.pid is not None:
+        if args.script is not None:
+            raise ValueError("--pid watches a process that runs: leave the script out")
+        return report(examine_pid(args.pid, args.seconds), as_json=args.json)
     if args.script is None:
         return report(examine_machine(), as_json=args.json)
-    if not Path(args.script).is_file():
-        raise CommandError(f"{args.script} is no file: give a Python program to run")
+    return examine_script(args)
+
+
+def examine_script(args: argparse.Namespace) -> int:
+    """Run a script under the doctor's eyes, and report; return 1 or the script's exit code."""
+    from pagealloc.observe.doctor import examine, settle
+    from pagealloc.observe.doctor_watch import Watch
+    from pagealloc.observe.script import run_script
+
     pid = os.getpid()
-    with stdout_to_stderr(args.json), Watch() as watch:
-        code = run_script(args.script, args.arguments)
-        if os.getpid() != pid:  # a child of the script's, which nobody watches
-            raise SystemExit(code)
-        settle(watch)
-    unavailable = tuple(str(each) for each in kept if isinstance(each, BackingUnavailableError))
+
+    def finish() -> None:
+        if os.getpid() == pid:
+            wait_for_threads()
+            settle(watch)
+            watch.stop()
+
+    with stdout_to_stderr(is_wanted=args.json), Watch() as watch:
+        code = run_script(args.script, args.arguments, finish, is_module=args.module)
+    if os.getpid() != pid:  # a child that the script forked, which nobody watched
+        return code
+    error = getattr(sys, "last_value", None)
+    unavailable = (str(error),) if isinstance(error, BackingUnavailableError) else ()
     findings = examine(replace(watch.evidence(), unavailable=unavailable))
     return report(findings, as_json=args.json) or code
 
@@ -86,57 +103,15 @@ def report(findings: Sequence[Finding], *, as_json: bool) -> int:
     return EXIT_FOUND if is_problem else 0
 
 
-def run_script(script: str, arguments: Sequence[str]) -> int:
-    """Run a program as ``python SCRIPT`` does, and return the exit code it would have had.
-
-    Its variables live on until the process ends: what it left open is part of what is examined.
-    """
-    sys.argv = [script, *arguments]
-    if not sys.flags.safe_path:
-        sys.path[0] = str(Path(script).resolve().parent)
-    try:
-        kept.append(runpy.run_path(script, run_name="__main__"))
-    except SystemExit as stop:
-        kept.append(stop)
-        return exit_code(stop.code)
-    except KeyboardInterrupt as interrupt:
-        kept.append(interrupt)
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BaseException as error:  # noqa: BLE001  whatever it is, it is the script's
-        kept.append(error)
-        traceback.print_exception(error.with_traceback(own_frames(error, script)))
-        return EXIT_FAILED
+def wait_for_threads() -> None:
+    """Wait for the threads that Python would wait for at its end."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
-    return 0
-
-
-def own_frames(error: BaseException, script: str) -> TracebackType | None:
-    """Return the error's frames from the script's on; all of them if it never began."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename != script:
-        frames = frames.tb_next
-    return frames or error.__traceback__
-
-
-kept: list[object] = []
-"""What the script left: its variables, or what it raised, whose frames have them."""
-
-
-def exit_code(code: object) -> int:
-    """Return the exit code of ``sys.exit(code)``, and say what there is to say."""
-    if code is None:
-        return 0
-    if isinstance(code, int):
-        return code & 0xFF
-    print(code, file=sys.stderr)
-    return EXIT_FAILED
 
 
 @contextmanager
-def stdout_to_stderr(is_wanted: bool) -> Iterator[None]:  # noqa: FBT001
+def stdout_to_stderr(*, is_wanted: bool) -> Iterator[None]:
     """Send to stderr what is written to stdout meanwhile, by subprocesses too."""
     if not is_wanted:
         yield

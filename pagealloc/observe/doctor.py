@@ -8,12 +8,14 @@ Structure
 
         Evidence --each of RULES--> Findings
           of this process: `examine_process`, or `Watch` around what it does
-          of another: two snapshots that somebody took of it, and `read_process_facts(pid)`
+          of another that has a feed: `examine_pid`
+          of whatever: snapshots that somebody took, see `Evidence`
           of the machine alone: `examine_machine`
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,15 +40,27 @@ from pagealloc.observe.doctor_use_rules import (
     steady_faults,
 )
 from pagealloc.observe.doctor_watch import Watch
+from pagealloc.observe.feed_reader import read_feed
 from pagealloc.observe.system_report import read_system_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["RULES", "Finding", "examine", "examine_machine", "examine_process", "settle"]
+__all__ = [
+    "RULES",
+    "Finding",
+    "examine",
+    "examine_machine",
+    "examine_pid",
+    "examine_process",
+    "settle",
+]
 
 SETTLE_S = 0.5
 """`purge_after_s` by default: what was freed in the last moment has as long, and `HELD_FOR_S`."""
+
+FEED_INTERVAL_S = 0.25
+"""Each look costs the other process a snapshot, a tenth of a millisecond."""
 
 RULES: dict[str, Callable[[Evidence], Finding | None]] = {
     "huge-pages-not-achieved": huge_pages_not_achieved,
@@ -92,11 +106,47 @@ def examine_process(seconds: float = 2.0, root: Path = Path("/")) -> list[Findin
     ValueError
         `seconds` is not above 0.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds={seconds!r}: a number above 0 is possible")
+    _check_seconds(seconds)
     with Watch(root) as watch:
         time.sleep(seconds)
     return examine(watch.evidence())
+
+
+def examine_pid(pid: int, seconds: float = 5.0, root: Path = Path("/")) -> list[Finding]:
+    """Watch another process of this user's for a while, and return what is wrong with it.
+
+    Thread-safe.  Takes `seconds`, less if the process ends meanwhile.
+
+    Parameters
+    ----------
+    pid : int
+        A process that has a feed, see `pagealloc.observe.start_feed`.
+    seconds, root
+        As for `examine_process`.
+
+    Raises
+    ------
+    ValueError
+        `seconds` is not above 0, or what answers is no pagealloc of this version.
+    FileNotFoundError, ConnectionError, TimeoutError, PermissionError
+        The process has no feed, is gone, does not answer, or is another user's.
+    """
+    _check_seconds(seconds)
+    watch = Watch(root, pid=pid, read=functools.partial(read_feed, pid))
+    end_s = time.monotonic() + seconds
+    watch.look()
+    while (left_s := end_s - time.monotonic()) > 0:
+        time.sleep(min(left_s, FEED_INTERVAL_S))
+        try:
+            watch.look()
+        except (ConnectionError, FileNotFoundError):  # it ended: what was seen will do
+            break
+    return examine(watch.evidence())
+
+
+def _check_seconds(seconds: float) -> None:
+    if not seconds > 0:
+        raise ValueError(f"seconds={seconds!r}: a number above 0 is possible")
 
 
 def examine_machine(root: Path = Path("/")) -> list[Finding]:

@@ -81,9 +81,6 @@ class Evidence:
         nothing is left to be seen.
     numa_before, numa_after : NumaCounts or None
         Around the snapshots.
-    n_lock_waits, lock_wait_ns : int or None
-        How often and how long, together, threads waited for the allocators' locks between the
-        first snapshot and the last; None: unknown.
     """
 
     machine: SystemReport
@@ -93,8 +90,6 @@ class Evidence:
     unavailable: tuple[str, ...] = ()
     numa_before: NumaCounts | None = None
     numa_after: NumaCounts | None = None
-    n_lock_waits: int | None = None
-    lock_wait_ns: int | None = None
 
     @property
     def span_s(self) -> float:

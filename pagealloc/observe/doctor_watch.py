@@ -1,4 +1,4 @@
-"""Watch: evidence of this process, gathered while it works.
+"""Watch: evidence of a process, gathered while it works.
 
 Purpose
     Take snapshots in a thread of its own, few enough to be kept and cheap enough to be left out of
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -34,6 +35,8 @@ from pagealloc.observe.snapshot import take_snapshot
 from pagealloc.observe.system_report import read_system_report
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pagealloc.observe.snapshot import Snapshot
     from pagealloc.observe.system_report import SystemReport
 
@@ -50,7 +53,7 @@ SLEEP_FACTOR = 20
 
 
 class Watch:
-    """Watches this process from ``with`` on, until its end or `stop`.
+    """Watches a process: by a thread from ``with`` on, until its end or `stop`; or by `look` alone.
 
     Thread-safe.
 
@@ -58,10 +61,22 @@ class Watch:
     ----------
     root : Path
         Where the machine's /proc and /sys lie; another folder for a machine of a test's own.
+    pid : int, optional
+        Another process than this one.
+    read : callable
+        Takes a snapshot of that process.
     """
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    def __init__(
+        self,
+        root: Path = Path("/"),
+        *,
+        pid: int | None = None,
+        read: Callable[[], Snapshot] = take_snapshot,
+    ) -> None:
         self._root = root
+        self._pid = pid
+        self._read = read
         self._lock = threading.Lock()
         self._is_over = threading.Event()
         self._interval_s = FIRST_INTERVAL_S
@@ -87,10 +102,16 @@ class Watch:
             self.look()
 
     def look(self) -> None:
-        """Take one snapshot, and read what the kernel says."""
-        snapshot = take_snapshot()
-        process = read_process_facts(root=self._root)
-        machine = read_system_report(self._root)
+        """Take one snapshot, and read what the kernel says.
+
+        Raises
+        ------
+        OSError, ValueError
+            As `read`.
+        """
+        snapshot = self._read()
+        process = read_process_facts(self._pid, self._root)
+        machine = self._read_machine()
         with self._lock:
             self._snapshots.append(snapshot)
             if len(self._snapshots) > MOST_SNAPSHOTS:
@@ -104,12 +125,19 @@ class Watch:
         """Return what was seen so far."""
         with self._lock:
             return Evidence(
-                machine=self._machine or read_system_report(self._root),
+                machine=self._machine or self._read_machine(),
                 snapshots=tuple(self._snapshots),
                 process=self._process,
                 numa_before=self._numa_before,
                 numa_after=read_numa_counts(self._root),
             )
+
+    def _read_machine(self) -> SystemReport:
+        """Read the report; without a control group that is ours and not the other process's."""
+        machine = read_system_report(self._root)
+        if self._pid is None or _is_in_our_group(self._root, self._pid):
+            return machine
+        return replace(machine, cgroup=None)
 
     def _watch(self) -> None:
         interval_s = self._interval_s
@@ -117,6 +145,14 @@ class Watch:
             started_s = time.thread_time()  # not waiting for the GIL, which takes nobody's time
             self.look()
             interval_s = max(self._interval_s, SLEEP_FACTOR * (time.thread_time() - started_s))
+
+
+def _is_in_our_group(root: Path, pid: int) -> bool:
+    try:
+        ours, its = ((root / f"proc/{each}/cgroup").read_bytes() for each in ("self", pid))
+    except OSError:
+        return False
+    return ours == its
 
 
 def _worse_process(before: ProcessFacts, now: ProcessFacts) -> ProcessFacts:

@@ -85,8 +85,9 @@ def _exit_code(code: object) -> int:
 
 
 def _print_error(error: BaseException) -> None:
-    """Print a traceback that begins in the script."""
+    """Print a traceback that begins in the script, and leave it where Python does."""
     stack = error.__traceback__
     while stack is not None and stack.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
         stack = stack.tb_next
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, stack
     traceback.print_exception(type(error), error, stack)
