@@ -11,8 +11,9 @@ pytest.importorskip("gguf", reason="needs the extra 'demo'")
 pytest.importorskip("tokenizers", reason="needs the extra 'demo'")
 pytest.importorskip("matplotlib", reason="needs the extra 'demo'")
 
-from pagealloc.demo import attribution, attribution_session, comparison
+from pagealloc.demo import attribution, attribution_session, comparison, session
 from pagealloc.demo.attribution_steps import HUGE_PAGES, STEPS, Unavailable
+from pagealloc.demo.conversations import SYSTEM_PROMPT
 from pagealloc.demo.errors import ModelNotFoundError
 from pagealloc.demo.model_file import find_model_file
 
@@ -128,7 +129,8 @@ def test_nothing_huge_is_said_where_no_window_was_large_enough(stub, tmp_path, m
     assert "so none was made" in (tmp_path / "report.md").read_text()
 
 
-def test_smollm2(tmp_path):
+def test_smollm2(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "system_prompt", lambda _options: SYSTEM_PROMPT[:1500])
     try:
         find_model_file()
     except ModelNotFoundError as missing:
