@@ -50,7 +50,8 @@ def allocator_of(name="0", latencies=(), **stats):
 
 def snapshot_of(*allocators, time_s=1000.0, n_minor_faults=0, **values):
     """A snapshot with these allocators, at a time of one's choice."""
-    found = {"pid": 1, "n_major_faults": 0, "resident_bytes": 0, "caches": ()} | values
+    counts = dict.fromkeys(("n_major_faults", "resident_bytes", "n_lock_waits", "lock_wait_ns"), 0)
+    found = {"pid": 1, "caches": (), **counts} | values
     return Snapshot(
         time_s=time_s, n_minor_faults=n_minor_faults, allocators=tuple(allocators), **found
     )
