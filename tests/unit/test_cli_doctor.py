@@ -52,12 +52,12 @@ for _ in range(200):
 """,
     "contention": """
 import threading
-allocator = PageAllocator()
+allocator = PageAllocator(purge_after_s=None)
 end_s = time.monotonic() + 1
 def fight():
     while time.monotonic() < end_s:
-        allocator.alloc_many("8KiB", 3000).close()
-threads = [threading.Thread(target=fight) for _ in range(4)]
+        allocator.alloc_many("8KiB", 30_000).close()  # without the GIL
+threads = [threading.Thread(target=fight) for _ in range(8)]
 for thread in threads:
     thread.start()
 for thread in threads:

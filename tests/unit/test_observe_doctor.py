@@ -463,7 +463,7 @@ class TestNuma:
 class TestContention:
     @pytest.mark.parametrize(
         ("n_waits", "wait_s", "is_found"),
-        [(99, 9.0, False), (100, 0.499, False), (100, 0.5, True)],
+        [(19, 9.0, False), (20, 0.499, False), (20, 0.5, True)],
     )
     def test_waiting(self, n_waits, wait_s, is_found):
         found = evidence([allocator()], [allocator()], interval_s=10.0, waited=(n_waits, wait_s))
