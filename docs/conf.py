@@ -21,6 +21,6 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["llama_cpp"]  # an extra that takes minutes to compile
+autodoc_mock_imports = ["llama_cpp", "opentelemetry", "prometheus_client"]  # extras
 autodoc_typehints = "none"  # numpydoc's Parameters tell them
 numpydoc_show_class_members = False

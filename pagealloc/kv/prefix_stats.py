@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 __all__ = ["PrefixEvent", "PrefixStats"]
 
 
-class PrefixStats(NamedTuple):
-    """One reading of a prefix index.
+@dataclass(frozen=True, kw_only=True)
+class PrefixStats:
+    """One reading of a prefix index.  Frozen; take another with ``cache.prefixes.stats()``.
 
-    The first sentence on each attribute and property is what metrics say of it
+    The first sentence on each parameter and property is what metrics say of it
     (``pagealloc.observe``).
 
-    Attributes
+    Parameters
     ----------
     n_blocks : int
         Published KV blocks whose rows are in memory.

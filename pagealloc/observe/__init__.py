@@ -38,7 +38,7 @@ Rooms, bottom up::
     doctor                all rules, asked
 
     >>> import pagealloc.observe
-    >>> server, thread = pagealloc.observe.start_http_server(9100)  # doctest: +SKIP
+    >>> server, thread = pagealloc.observe.start_http_server(9100)
 """
 
 from importlib import import_module

@@ -6,7 +6,7 @@ Purpose
 Structure
     ::
 
-        stacks --_tree--> calls below calls --_columns--> flat lists --JSON--> flamegraph.html
+        stacks --_columns: calls below calls, in flat lists--> JSON --> flamegraph.html
 Invariants
     A call stands behind the one that led to it and before what it led to, so neither this nor the
     script ever recurses, however deep a stack is.  Its weight, the sum of its stacks' values
@@ -15,15 +15,18 @@ Invariants
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import re
 from importlib.resources import files
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from pagealloc.observe.profiles import Frame, Profile
+    from collections.abc import Iterable
+
+    from pagealloc.observe.profiles import Frame, Profile, Stack
 
 __all__ = ["flame_graph"]
 
@@ -32,24 +35,16 @@ LEAST_SHARE = 0.0002
 N_HOTTEST = 5
 
 
-class _Node:
+class _Call(NamedTuple):
     """A call, below the calls that led to it."""
 
-    __slots__ = ("children", "frame", "own", "value", "weight")
-
-    def __init__(self, frame: Frame | None) -> None:
-        self.frame = frame
-        self.weight = 0
-        self.value = 0
-        self.own = 0
-        self.children: dict[Frame, _Node] = {}
-
-    def count(self, value: int) -> None:
-        self.value += value
-        self.weight += abs(value)
-
-    def own_weight(self) -> int:
-        return self.weight - sum(child.weight for child in self.children.values())
+    above: int
+    """Number of the one that led to it; -1 if it is all that was counted."""
+    frame: Frame | None
+    depth: int
+    weight: int
+    samples: list[tuple[Stack, int]]
+    """The stacks that it is part of."""
 
 
 def flame_graph(
@@ -68,22 +63,22 @@ def flame_graph(
     is_difference : bool
         It is one profile minus another: red is more, blue is less.
     """
-    root = _tree(profile, which)
+    samples = [(stack, values[which]) for stack, values in profile.samples.items() if values[which]]
     value_type = profile.value_types[which]
-    columns = _columns(root)
     data = {
         "unit": value_type.unit,
         "isDifference": is_difference,
-        "periodText": f"{profile.period:,} {profile.period_type.unit}" if profile.period else "",
+        "period": profile.period,
+        "periodUnit": profile.period_type.unit,
         "leastShare": LEAST_SHARE,
-        **columns,
+        **_columns(samples),
         "hottest": [
             [frame.function, frame.place, value]
             for frame, value in profile.hottest(N_HOTTEST, which)
         ],
     }
-    n_stacks = sum(1 for values in profile.samples.values() if values[which])
-    subtitle = f"{value_type.name} in {value_type.unit}, {n_stacks:,} stacks"
+    stacks = "1 stack" if len(samples) == 1 else f"{len(samples):,} stacks"
+    subtitle = f"{value_type.name} in {value_type.unit}, {stacks}"
     texts = {
         "TITLE": html.escape(title.encode(errors="backslashreplace").decode()),
         "SUBTITLE": html.escape(subtitle),
@@ -94,26 +89,8 @@ def flame_graph(
     return re.sub("__(TITLE|SUBTITLE|DATA)__", lambda mark: texts[mark[1]], page)
 
 
-def _tree(profile: Profile, which: int) -> _Node:
-    root = _Node(None)
-    for stack, values in profile.samples.items():
-        value = values[which]
-        if not value:
-            continue
-        node = root
-        node.count(value)
-        for frame in reversed(stack):
-            below = node.children.get(frame)
-            if below is None:
-                below = node.children[frame] = _Node(frame)
-            node = below
-            node.count(value)
-        node.own += value
-    return root
-
-
-def _columns(root: _Node) -> dict[str, Any]:
-    """Return the tree as the page reads it.
+def _columns(samples: list[tuple[Stack, int]]) -> dict[str, Any]:
+    """Return stacks and their values as the page reads them.
 
     Returns
     -------
@@ -124,41 +101,56 @@ def _columns(root: _Node) -> dict[str, Any]:
         own value of each call, one after the other;
         ``nLeftOut``: how many calls are too thin, without what is below them.
     """
-    least = LEAST_SHARE * root.weight
+    whole = _Call(-1, None, 0, _weight(samples), samples)
     frames: dict[Frame, int] = {}
-    module_of_frame: list[str] = []
-    weight_of_module: dict[str, int] = {}
     nodes: list[int] = []
     n_left_out = 0
-    waiting = [(root, -1)]
+    waiting = [whole]
     while waiting:
-        node, above = waiting.pop()
-        number = -1
-        if node.frame is not None:
-            number = frames.setdefault(node.frame, len(frames))
-            if number == len(module_of_frame):
-                module_of_frame.append(_module_of(node.frame))
-            module = module_of_frame[number]
-            weight_of_module[module] = weight_of_module.get(module, 0) + node.own_weight()
+        call = waiting.pop()
+        number = -1 if call.frame is None else frames.setdefault(call.frame, len(frames))
         here = len(nodes) // 5
-        nodes += above, number, node.weight, node.value, node.own
-        children = sorted(node.children.items(), key=lambda item: (-item[1].weight, item[0]))
-        shown = [(child, here) for _, child in children if child.weight >= least]
-        n_left_out += len(children) - len(shown)
+        value = own = 0
+        below: dict[Frame, list[tuple[Stack, int]]] = {}
+        for sample in call.samples:
+            stack, amount = sample
+            value += amount
+            if call.depth == len(stack):
+                own += amount
+            else:
+                below.setdefault(stack[-1 - call.depth], []).append(sample)
+        nodes += call.above, number, call.weight, value, own
+        calls = [
+            _Call(here, frame, call.depth + 1, _weight(part), part) for frame, part in below.items()
+        ]
+        shown = [each for each in calls if each.weight >= LEAST_SHARE * whole.weight]
+        n_left_out += len(calls) - len(shown)
+        shown.sort(key=lambda each: (-each.weight, each.frame))
         waiting += reversed(shown)  # the widest is taken first, and stands left
-    modules = sorted(weight_of_module.items(), key=lambda item: (-item[1], item[0]))
+    modules = _modules(samples, frames)
     numbers = {module: number for number, (module, _) in enumerate(modules)}
     return {
-        "frames": [
-            [frame.function, frame.place, numbers[module]]
-            for frame, module in zip(frames, module_of_frame, strict=True)
-        ],
+        "frames": [[frame.function, frame.place, numbers[_module_of(frame)]] for frame in frames],
         "modules": modules,
         "nodes": nodes,
         "nLeftOut": n_left_out,
     }
 
 
+def _weight(samples: list[tuple[Stack, int]]) -> int:
+    return sum(abs(value) for _, value in samples)
+
+
+def _modules(samples: list[tuple[Stack, int]], frames: Iterable[Frame]) -> list[tuple[str, int]]:
+    """Return the modules of these frames, and what of the values, without signs, is their own."""
+    weights = dict.fromkeys(map(_module_of, frames), 0)
+    for stack, value in samples:
+        if stack and (module := _module_of(stack[0])) in weights:
+            weights[module] += abs(value)
+    return sorted(weights.items(), key=lambda item: (-item[1], item[0]))
+
+
+@functools.lru_cache(maxsize=4096)
 def _module_of(frame: Frame) -> str:
     """Return what a frame's colour stands for: the package or module that its file is part of."""
     if frame.file.startswith("<"):  # "<frozen importlib._bootstrap>", "<string>"

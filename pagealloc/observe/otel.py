@@ -120,9 +120,8 @@ class Instrumentor:
 
 
 def _unit(metric: Metric) -> str:
-    if metric.name.endswith("_bytes"):
-        return "By"
-    return "1" if metric.name.endswith("_ratio") else ""
+    suffix = metric.name.rpartition("_")[2]
+    return {"bytes": "By", "seconds": "s", "ratio": "1"}.get(suffix, "")
 
 
 class _Figures:

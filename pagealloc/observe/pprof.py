@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["from_pprof", "to_pprof"]
 
+LAST_FIELD = 14
+"""Of those known here, in any message; newer ones are passed over."""
 MAX_BYTES = 64 << 20
 """Of a profile that is read, once it is not compressed any more."""
 MAX_REPEATS = 1 << 20
@@ -37,6 +39,8 @@ MAX_FRAMES = 1 << 24
 """In all its stacks together: a location of many lines may be in many of them."""
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+WITHOUT_END = "a number without an end"
+TOO_LONG = "a number of more than 64 bits"
 MASK_64 = (1 << 64) - 1
 
 Fields = dict[int, list[int | bytes]]
@@ -81,24 +85,24 @@ class _Writer:
         self._profile = profile
         self._strings: dict[str, int] = {"": 0}
         self._functions: dict[tuple[str, str], int] = {}
-        self._locations: dict[Frame, int] = {}
+        self._locations: dict[Frame, bytes] = {}  # as stacks name them
 
     def message(self) -> bytes:
         profile = self._profile
         parts = [_field(1, self._value_type(each)) for each in profile.value_types]
         for stack, values in profile.samples.items():
-            at = b"".join(_varint(self._location(frame)) for frame in stack)
+            at = b"".join(map(self._location, stack))
             counted = b"".join(_varint(value) for value in values)
             parts.append(_field(2, _field(1, at) + _field(2, counted)))
         # One mapping, which says that names and lines are there: else pprof looks for a binary.
         parts.append(_field(3, b"".join(_number(field, 1) for field in (1, 7, 8, 9))))
-        for frame, number in self._locations.items():
+        for number, frame in enumerate(self._locations, 1):
             function = self._functions[frame.function, frame.file]
             line = _number(1, function) + _number(2, frame.line)
             parts.append(_field(4, _number(1, number) + _number(2, 1) + _field(4, line)))
         for (name, file), number in self._functions.items():
-            text = self._string(name)
-            names = _number(2, text) + _number(3, text) + _number(4, self._string(file))
+            # No system name: were it the same, pprof would unmangle it, as C++, and lose <module>.
+            names = _number(2, self._string(name)) + _number(4, self._string(file))
             parts.append(_field(5, _number(1, number) + names))
         parts.append(_number(9, profile.time_ns) + _number(10, profile.duration_ns))
         parts.append(_field(11, self._value_type(profile.period_type)))
@@ -114,9 +118,12 @@ class _Writer:
     def _value_type(self, value_type: ValueType) -> bytes:
         return _number(1, self._string(value_type.name)) + _number(2, self._string(value_type.unit))
 
-    def _location(self, frame: Frame) -> int:
-        self._functions.setdefault((frame.function, frame.file), len(self._functions) + 1)
-        return self._locations.setdefault(frame, len(self._locations) + 1)
+    def _location(self, frame: Frame) -> bytes:
+        known = self._locations.get(frame)
+        if known is None:
+            self._functions.setdefault((frame.function, frame.file), len(self._functions) + 1)
+            known = self._locations[frame] = _varint(len(self._locations) + 1)
+        return known
 
 
 def _varint(value: int) -> bytes:
@@ -181,18 +188,20 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 64, 7):
         if at == len(data):
-            raise ValueError("a number without an end")
+            raise ValueError(WITHOUT_END)
         byte = data[at]
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
             return value & MASK_64, at
-    raise ValueError("a number of more than 64 bits")
+    raise ValueError(TOO_LONG)
 
 
 def _message(data: int | bytes) -> Fields:
     fields: Fields = {}
     for field, value in _fields(_bytes(data)):
+        if field > LAST_FIELD:
+            continue
         values = fields.setdefault(field, [])
         values.append(value)
         if len(values) > MAX_REPEATS:
@@ -219,15 +228,23 @@ def _signed(value: int) -> int:
 
 
 def _numbers(fields: Fields, field: int) -> Iterator[int]:
-    """Yield repeated numbers, packed or not."""
+    """Yield repeated numbers, packed or not: most of a file, so not by _read_varint."""
     for value in fields.get(field, []):
         if isinstance(value, int):
             yield value
             continue
-        at = 0
-        while at < len(value):
-            number, at = _read_varint(value, at)
-            yield number
+        number = shift = 0
+        for byte in value:
+            number |= (byte & 127) << shift
+            if byte < 128:
+                yield number & MASK_64
+                number = shift = 0
+                continue
+            shift += 7
+            if shift > 63:
+                raise ValueError(TOO_LONG)
+        if shift:
+            raise ValueError(WITHOUT_END)
 
 
 # --- reading: fields -> profile -------------------------------------------------------------------

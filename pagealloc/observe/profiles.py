@@ -13,6 +13,7 @@ Units
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -108,9 +109,10 @@ class Profile:
 
         A value may be negative in a difference; few tools read that.
         """
+        name_of = cache(_folded_name)  # a call is part of many stacks
         by_name: dict[str, int] = {}
         for stack, values in self.samples.items():
-            name = ";".join(_folded_name(frame) for frame in reversed(stack)) or "(no stack)"
+            name = ";".join(map(name_of, reversed(stack))) or "(no stack)"
             by_name[name] = by_name.get(name, 0) + values[which]
         return "".join(f"{name} {value}\n" for name, value in sorted(by_name.items()) if value)
 

@@ -15,7 +15,7 @@ import pagealloc.observe
 from pagealloc import LatencyHistogram, PageAllocator, page_size_bytes
 from pagealloc.kv import KVCache, KVLayout
 
-N_THREADS = 3
+N_THREADS = 2
 LONGEST_PAUSE_S = 1e-3
 
 

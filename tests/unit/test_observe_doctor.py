@@ -1,7 +1,7 @@
 """Each of the doctor's rules: evidence it speaks of, and evidence it does not."""
 
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -99,7 +99,7 @@ KV_STATS = KVStats(
     budget_bytes=None,
 )
 
-NO_PREFIXES = PrefixStats(*[0] * len(PrefixStats._fields))
+NO_PREFIXES = PrefixStats(**{each.name: 0 for each in fields(PrefixStats)})
 
 
 def allocator(name="0", backing="auto", **changes):
@@ -369,9 +369,9 @@ class TestBudget:
         [
             ({}, True),
             ({"warm_bytes": 6 * MIB}, False),
-            ({"prefixes": NO_PREFIXES._replace(n_blocks=4, nbytes=8 * MIB)}, False),
+            ({"prefixes": replace(NO_PREFIXES, n_blocks=4, nbytes=8 * MIB)}, False),
             (
-                {"prefixes": NO_PREFIXES._replace(n_blocks=4, n_pinned_blocks=4, nbytes=8 * MIB)},
+                {"prefixes": replace(NO_PREFIXES, n_blocks=4, n_pinned_blocks=4, nbytes=8 * MIB)},
                 True,
             ),
         ],

@@ -110,6 +110,7 @@ def test_units(reader):
         found = collected(reader)
     assert found["pagealloc_live_bytes"].unit == "By"
     assert found["pagealloc_prefix_hit_ratio"].unit == "1"
+    assert found["pagealloc_lock_wait_seconds"].unit == "s"
     assert found["pagealloc_live_blocks"].unit == ""
     assert {metric.name for metric in described_metrics()} >= {
         name for name in found if name.startswith("pagealloc_")

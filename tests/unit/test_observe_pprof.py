@@ -32,6 +32,16 @@ def field(at, data):
     return varint(at << 3 | 2) + varint(len(data)) + data
 
 
+def peak_bytes(work):
+    """Return the most that Python holds at a time during some work."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 STRINGS = b"".join(field(6, text) for text in (b"", b"space", b"bytes", b"f", b"a.py", b"objects"))
 TYPE = field(1, number(1, 1) + number(2, 2))
 FUNCTION = field(5, number(1, 1) + number(2, 3) + number(4, 4))
@@ -114,6 +124,11 @@ def test_fields_that_are_not_known_are_passed_over():
     assert from_pprof(strange + WHOLE).samples == from_pprof(WHOLE).samples
 
 
+def test_fields_that_are_not_known_are_not_kept():
+    data = WHOLE + b"".join(number(at, 5) for at in range(100, 30_000))
+    assert peak_bytes(lambda: from_pprof(data)) < 1 << 20
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -140,6 +155,8 @@ def test_fields_that_are_not_known_are_passed_over():
         (WHOLE + b"\x12\x7f\x00", "a field of 127 bytes, of which 1 are there"),
         (WHOLE + b"\x12" + b"\xff" * 9 + b"\x01", "of which 0 are there"),
         (WHOLE + b"\x48" + b"\xff" * 10, "64 bits"),
+        (WHOLE + b"\x48\xff", "without an end"),
+        (WHOLE + field(2, field(1, b"\xff" * 10 + b"\1") + number(2, 1)), "64 bits"),
     ],
 )
 def test_damaged_bytes(data, message):
@@ -169,13 +186,12 @@ def bomb(n_bytes):
 def test_a_small_file_does_not_become_a_large_one(monkeypatch):
     monkeypatch.setattr(pprof, "MAX_BYTES", 4 << 20)
     data = bomb(64 << 20)
-    tracemalloc.start()
-    try:
+
+    def read():
         with pytest.raises(ValueError, match="more than 4,194,304 bytes"):
             from_pprof(data)
-        assert tracemalloc.get_traced_memory()[1] < 16 << 20
-    finally:
-        tracemalloc.stop()
+
+    assert peak_bytes(read) < 16 << 20
     with pytest.raises(ValueError, match="more than 4,194,304 bytes"):
         from_pprof(bytes((4 << 20) + 1))
 

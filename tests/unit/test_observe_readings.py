@@ -26,6 +26,7 @@ LEFT_OUT = {
     PrefixStats: {},
     Snapshot: {
         "pid": "a name, no quantity",
+        "lock_wait_ns": "pagealloc_lock_wait_seconds has it in Prometheus's unit",
         "time_s": "Prometheus and OpenTelemetry have a clock",
         "n_minor_faults": "a sample of pagealloc_process_page_faults",
         "n_major_faults": "a sample of pagealloc_process_page_faults",
