@@ -143,7 +143,7 @@ def test_nobody_watches_in_a_forked_child(watched, allocator):
 
 def test_threads_lose_no_event_but_those_counted(watched):
     """Each heap's number, kind and size belong together; each event is seen once, or was lost."""
-    n_each, found, n_lost, stop = 1000, [], [], threading.Event()
+    n_each, found, n_lost, stop = 150, [], [], threading.Event()
     sizes = (2 << 20, 4 << 20, 6 << 20)
     allocators = [
         PageAllocator(backing="base", arena_bytes=nbytes, purge_after_s=None) for nbytes in sizes
