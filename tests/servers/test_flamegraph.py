@@ -1,12 +1,24 @@
-"""Flame graphs in a browser: values, zoom, search, keys, colours that can be read."""
+"""Flame graphs in a browser: values, zoom, search, keys, colours that can be read.
 
+``PAGEALLOC_DOCS_IMAGES=1 python -m pytest tests/servers/test_flamegraph.py`` writes the picture of
+docs/profiles.md, of tests/support/inference.py.
+"""
+
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from browser import complaints, open_browser, requested
 
 from pagealloc.observe.flamegraph import flame_graph
 from pagealloc.observe.profiles import Frame, Profile, ValueType
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WRITES_IMAGES = os.environ.get("PAGEALLOC_DOCS_IMAGES") == "1"
+IMAGE = ROOT / "docs/images/flamegraph.png"
 
 SPACE = ValueType("alloc_space", "bytes")
 KIB = 1024
@@ -456,3 +468,29 @@ def test_texts_can_be_read(tmp_path, dark):
         graph = Graph(browser, tmp_path, of_four_values())
         assert_readable()
         assert complaints(browser) == []
+
+
+@pytest.fixture(scope="module")
+def of_inference(tmp_path_factory):
+    """The flame graph of a real heap profile."""
+    path = tmp_path_factory.mktemp("inference") / "heap.html"
+    program = [sys.executable, "tests/support/inference.py", str(path)]
+    subprocess.run(program, check=True, cwd=ROOT, timeout=60)
+    return path
+
+
+def test_a_real_profile(browser, of_inference):
+    browser.get(of_inference.as_uri())
+    hottest = [each.text for each in browser.find_elements("css selector", "#hottest button")]
+    assert {"load", "RowPages.make_ready"} <= set(hottest)
+    assert browser.find_element("id", "subtitle").text.startswith("inuse_space in bytes, ")
+
+
+@pytest.mark.skipif(not WRITES_IMAGES, reason="writes a picture: PAGEALLOC_DOCS_IMAGES=1")
+def test_the_picture_of_the_docs(of_inference):
+    with open_browser(1280, 500) as browser:
+        browser.get(of_inference.as_uri())
+        height = browser.execute_script("return document.documentElement.scrollHeight")
+        frame = 500 - browser.execute_script("return window.innerHeight")
+        browser.set_window_size(1280, height + frame)
+        assert browser.save_screenshot(str(IMAGE))
