@@ -473,10 +473,11 @@ def test_texts_can_be_read(tmp_path, dark):
 @pytest.fixture(scope="module")
 def of_inference(tmp_path_factory):
     """The flame graph of a real heap profile."""
-    path = tmp_path_factory.mktemp("inference") / "heap.html"
-    program = [sys.executable, "tests/support/inference.py", str(path)]
-    subprocess.run(program, check=True, cwd=ROOT, timeout=60)
-    return path
+    folder = tmp_path_factory.mktemp("inference")
+    command = [sys.executable, "-m", "pagealloc", "profile", "--heap", "--period", "64KiB"]
+    command += ["-o", str(folder), "inference.py"]
+    subprocess.run(command, check=True, cwd=ROOT / "tests/support", timeout=60)
+    return folder / "heap.html"
 
 
 def test_a_real_profile(browser, of_inference):

@@ -1,15 +1,12 @@
 """A program whose heap profile is worth a look: a model, a KV cache, and conversations.
 
-``python tests/support/inference.py FILE`` writes its heap profile while all of it is live.
+What is open at its end stays, for ``pagealloc profile tests/support/inference.py`` to find it live.
 """
-
-import sys
 
 import numpy as np
 
 from pagealloc import PageAllocator, Pool
 from pagealloc.kv import KVCache, KVLayout
-from pagealloc.observe import profile
 
 N_LAYERS, N_HEADS, HEAD_DIM = 12, 4, 64
 WIDTH = N_HEADS * HEAD_DIM
@@ -80,21 +77,15 @@ class Server:
     def forget(self, at):
         self.open.pop(at).close()
 
-    def close(self):
-        for seq in (*self.open, self.prompt):
-            seq.close()
-
 
 def main():
-    with profile("heap", period="4KiB") as heap, KVCache(LAYOUT) as cache:
-        server = Server(Model(PageAllocator()), cache)
-        for at in range(16):
-            server.answer(n_tokens=150 + 50 * (at % 5))
-            if at % 4 == 3:
-                server.forget(0)
-        heap.write(sys.argv[1])
-        server.close()
+    server = Server(Model(PageAllocator()), KVCache(LAYOUT))
+    for at in range(16):
+        server.answer(n_tokens=150 + 50 * (at % 5))
+        if at % 4 == 3:
+            server.forget(0)
+    return server
 
 
 if __name__ == "__main__":
-    main()
+    server = main()

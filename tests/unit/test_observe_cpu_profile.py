@@ -1,10 +1,12 @@
 """The CPU profiler: CPU time by stack, inside pagealloc marked, its own thread left out."""
 
+import gc
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -55,6 +57,28 @@ def test_cpu_time_by_function():
     assert cpu_ns_of(found, "burn") == pytest.approx(0.4e9, rel=0.5)
     assert cpu_ns_of(found, "burn") > 0.6 * found.total()
     assert cpu_ns_of(found, "CPUProfiler._sample") == 0
+
+
+def test_it_keeps_nobodys_variables():
+    class Held:
+        pass
+
+    def work(profiling):
+        held = Held()
+        deadline = time.monotonic() + 20
+        while not cpu_ns_of(profiling.profile, "test_it_keeps_nobodys_variables.<locals>.work"):
+            assert time.monotonic() < deadline
+            burn(0.01)
+        return weakref.ref(held)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with profile("cpu", period_ns=2_000_000) as p:
+            reference = work(p)
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_time_inside_pagealloc_is_marked():
