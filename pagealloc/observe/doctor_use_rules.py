@@ -61,7 +61,7 @@ WAIT_SHARE = 0.05
 to 220 % together; threads that keep to their magazines, for nothing."""
 
 MIN_LOCK_WAITS = 20
-"""The same eight waited from 70 times a second, where the kernel let them sleep meanwhile, to 80,000
+"""The same eight waited 70 times a second, where the kernel let them sleep meanwhile, to 80,000
 times.  Fewer long waits are for a thread that the kernel had stopped while it held a lock."""
 
 STRADDLING_SHARE = 0.1

@@ -8,10 +8,12 @@ Locking
 
 from __future__ import annotations
 
+import os
 import socket
 from socketserver import ThreadingMixIn
 from threading import Thread
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from pagealloc.observe.host_check import HostCheck
@@ -23,6 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["serve_in_thread"]
 
 IDLE_TIMEOUT_S = 30
+
+_servers: WeakSet[WSGIServer] = WeakSet()
+
+
+def _let_go_of_ports() -> None:
+    """Close, in a child, what is the parent's: the port is taken as long as anybody has it."""
+    for server in tuple(_servers):
+        server.socket.close()
+
+
+os.register_at_fork(after_in_child=_let_go_of_ports)
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -72,7 +85,8 @@ def serve_in_thread(
 
     Notes
     -----
-    A child of ``os.fork()`` has no such thread: it serves nothing until it calls this again.
+    A child of ``os.fork()`` has no such thread, and lets go of the port: it serves nothing until it
+    calls this again.
     """
     family, *_, address = socket.getaddrinfo(
         addr, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -82,6 +96,7 @@ def serve_in_thread(
         address_family = family
 
     server = Server((str(address[0]), port), _Handler)
+    _servers.add(server)
     server.set_app(HostCheck(app, [addr, *hosts]))
     thread = Thread(target=server.serve_forever, name="pagealloc-http", daemon=True)
     thread.start()

@@ -126,6 +126,12 @@ PAGE_FAULTS = Metric(
     "Page faults of the whole process since it started.",
     samples=(),
 )
+ALLOCATOR_INFO = Metric(
+    "pagealloc_allocator_info",
+    "gauge",
+    "Always 1, for each allocator with the backing that was asked for.",
+    samples=(),
+)
 
 TABLES = (
     Table(
@@ -174,12 +180,20 @@ def readings(snapshot: Snapshot) -> list[Metric]:
         Sample({"kind": "minor"}, snapshot.n_minor_faults),
         Sample({"kind": "major"}, snapshot.n_major_faults),
     )
-    return [*metrics, PAGE_FAULTS._replace(samples=faults)]
+    infos = tuple(
+        Sample({"allocator": one.name, "backing": one.backing}, 1) for one in snapshot.allocators
+    )
+    return [
+        *metrics,
+        PAGE_FAULTS._replace(samples=faults),
+        ALLOCATOR_INFO._replace(samples=infos),
+    ]
 
 
 def described_metrics() -> list[Metric]:
     """Return the metrics of `readings` without samples, for who announces them first."""
-    return [*(metric for table in TABLES for metric in _described(table)), PAGE_FAULTS]
+    described = (metric for table in TABLES for metric in _described(table))
+    return [*described, PAGE_FAULTS, ALLOCATOR_INFO]
 
 
 @cache

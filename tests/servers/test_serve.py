@@ -1,6 +1,6 @@
 """The page of `pagealloc serve` in a browser.
 
-``PAGEALLOC_DOCS_IMAGES=1 python -m pytest tests/servers/test_serve.py`` writes the picture of
+``PAGEALLOC_DOCS_IMAGES=1 tox -e servers -- -k picture_of_the_page`` writes the picture of
 docs/top.md, of a minute of load.
 """
 
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from browser import open_browser
+from browser import complaints, open_browser, requested
 from processes import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -99,11 +99,8 @@ def test_a_chart_says_what_is_under_the_pointer(browser):
 
 
 def test_nothing_is_asked_of_anybody_else(browser, url):
-    loaded = browser.execute_script(
-        "return performance.getEntriesByType('resource').map(each => each.name)"
-    )
-    assert loaded
-    assert {name for name in loaded if not name.startswith("data:")} == {f"{url}/live.json"}
+    addresses = {address for address in requested(browser) if not address.startswith("data:")}
+    assert addresses == {f"{url}/", f"{url}/live.json"}
 
 
 def test_the_policy_is_in_force(browser):
@@ -126,7 +123,7 @@ def test_the_policy_is_in_force(browser):
     assert done["slippedIn"] is False
     assert done["display"] == "block"
     assert done["fetched"] == "refused"
-    messages = [entry["message"] for entry in browser.get_log("browser")]
+    messages = complaints(browser)
     assert sum("Content Security Policy" in message for message in messages) == len(messages) >= 3
 
 
@@ -136,7 +133,7 @@ def test_no_error_in_either_colour(url):
         with open_browser(1280, 1900, dark=dark) as browser:
             browser.get(url)
             wait_for(lambda: has_rates(browser))
-            assert browser.get_log("browser") == []
+            assert complaints(browser) == []
             background = browser.execute_script(
                 "return getComputedStyle(document.body).backgroundColor"
             )
@@ -154,7 +151,7 @@ def test_it_fits_a_small_screen(url):
 
 
 @pytest.mark.skipif(not WRITES_IMAGES, reason="writes a picture: PAGEALLOC_DOCS_IMAGES=1")
-def test_the_picture_of_the_docs(url):
+def test_the_picture_of_the_page(url):
     with open_browser(1280, 1200) as browser:
         browser.get(url)
         time.sleep(62)

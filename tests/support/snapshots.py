@@ -1,7 +1,7 @@
 """Snapshots made up, and taken of a process that holds a little of everything."""
 
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from prefixes import layout_of, publish
 
@@ -12,25 +12,12 @@ from pagealloc.observe.snapshot import AllocatorReading, Snapshot, take_snapshot
 __all__ = ["allocator_of", "busy_process", "histogram_of", "snapshot_of"]
 
 NO_STATS = AllocatorStats(
-    budget_bytes=None,
-    reserved_bytes=0,
-    committed_bytes=0,
-    active_bytes=0,
-    held_bytes=0,
-    huge_bytes=None,
-    live_bytes=0,
-    idle_bytes=0,
-    purged_bytes=0,
-    n_live=0,
-    n_allocs=0,
-    n_frees=0,
-    n_failed=0,
-    n_faults=0,
-    n_collections=0,
-    n_conflicts=0,
-    abandoned_bytes=0,
-    arenas=(),
-    classes=(),
+    **dict.fromkeys((field.name for field in fields(AllocatorStats)), 0)
+    | {"budget_bytes": None, "huge_bytes": None, "arenas": (), "classes": ()}
+)
+NO_SNAPSHOT = Snapshot(
+    **dict.fromkeys((field.name for field in fields(Snapshot)), 0)
+    | {"pid": 1, "time_s": 1000.0, "allocators": (), "caches": ()}
 )
 
 
@@ -48,12 +35,9 @@ def allocator_of(name="0", latencies=(), **stats):
     return AllocatorReading(name, replace(NO_STATS, **stats), tuple(latencies))
 
 
-def snapshot_of(*allocators, time_s=1000.0, n_minor_faults=0, **values):
-    """A snapshot with these allocators, at a time of one's choice."""
-    found = {"pid": 1, "n_major_faults": 0, "resident_bytes": 0, "caches": ()} | values
-    return Snapshot(
-        time_s=time_s, n_minor_faults=n_minor_faults, allocators=tuple(allocators), **found
-    )
+def snapshot_of(*allocators, **values):
+    """A snapshot with these allocators and values, and nothing else counted."""
+    return replace(NO_SNAPSHOT, allocators=tuple(allocators), **values)
 
 
 @contextmanager

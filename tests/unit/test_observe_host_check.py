@@ -1,5 +1,6 @@
 """Who may ask a server that tells what this process does."""
 
+import os
 import socket
 import urllib.error
 import urllib.request
@@ -135,3 +136,26 @@ def test_a_port_that_is_taken():
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_forked_child_keeps_no_port():
+    server, _ = serve_in_thread(hello, 0)
+    port = server.server_port
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:  # lives until the parent has looked
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    try:
+        server.shutdown()
+        server.server_close()
+        again, _ = serve_in_thread(hello, port)
+        again.shutdown()
+        again.server_close()
+        with socket.socket() as probe:  # SO_REUSEADDR tells nothing of a socket that listens
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    finally:
+        os.close(writer)
+        os.waitpid(pid, 0)
+        os.close(reader)
