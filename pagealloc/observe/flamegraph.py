@@ -7,6 +7,7 @@ Structure
     ::
 
         stacks --_view: a value's calls below calls, in a flat list--> JSON --> flamegraph.html
+                                                          flamegraph.js, its script --^
 Invariants
     A call stands behind the one that led to it and before what it led to, so neither this nor the
     script ever recurses, however deep a stack is.  Its weight, the sum of its stacks' values
@@ -85,9 +86,14 @@ def flame_graph(
         "TITLE": html.escape(title.encode(errors="backslashreplace").decode()),
         # Without a "<", nothing in it can end the script element, or open a comment.
         "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        "SCRIPT": _own_text("flamegraph.js"),
     }
-    page = files("pagealloc.observe").joinpath("flamegraph.html").read_text(encoding="utf-8")
-    return re.sub("__(TITLE|DATA)__", lambda mark: texts[mark[1]], page)
+    page = _own_text("flamegraph.html")
+    return re.sub("__(TITLE|DATA|SCRIPT)__", lambda mark: texts[mark[1]], page)
+
+
+def _own_text(name: str) -> str:
+    return files("pagealloc.observe").joinpath(name).read_text(encoding="utf-8")
 
 
 def _view(profile: Profile, which: int, frames: dict[Frame, int]) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def test_a_stack_of_5000_calls(is_one_call):
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "<!--<script>",
-    "__DATA__ __TITLE__",
+    "__DATA__ __TITLE__ __SCRIPT__",
     "\\1 \\g<0> ${x} {{x}}",
     '"&<>\u2028\u0000\\',
     "größer",
