@@ -10,13 +10,16 @@
   function layOut() {
     nNodes = view.nodes.length / 5;
     const column = (at) => Array.from({ length: nNodes }, (_, i) => view.nodes[5 * i + at]);
-    [above, frameOf, weight, value, own] = [0, 1, 2, 3, 4].map(column);
-    depth = new Array(nNodes).fill(0);
+    [depth, frameOf, weight, value, own] = [0, 1, 2, 3, 4].map(column);
+    const newest = [];  // node of each depth
+    above = depth.map((rows, i) => {
+      newest[rows] = i;
+      return rows ? newest[rows - 1] : -1;
+    });
     start = new Array(nNodes).fill(0);
     end = Array.from({ length: nNodes }, (_, i) => i + 1);  // of the nodes below
     const next = new Array(nNodes).fill(0);  // where the next one below it starts
     for (let i = 1; i < nNodes; i++) {
-      depth[i] = depth[above[i]] + 1;
       next[i] = start[i] = next[above[i]];
       next[above[i]] += weight[i];
     }

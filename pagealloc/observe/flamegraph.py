@@ -40,9 +40,8 @@ N_HOTTEST = 5
 class _Call(NamedTuple):
     """A call, below the calls that led to it."""
 
-    above: int
-    """Number of the one that led to it; -1 if it is all that was counted."""
     frame: Frame | None
+    """None if it is all that was counted."""
     depth: int
     weight: int
     samples: list[tuple[Stack, int]]
@@ -104,20 +103,19 @@ def _view(profile: Profile, which: int, frames: dict[Frame, int]) -> dict[str, A
     dict
         ``name``, ``unit``: of the value;
         ``nStacks``: how many have any of it;
-        ``nodes``: number of the node above (-1: none), of the frame (-1: all), weight, value and
-        own value of each call, one after the other;
+        ``nodes``: depth (0: all), number of the frame (-1: all), weight, value and own value of
+        each call, one after the other, the calls below one right behind it;
         ``nLeftOut``: how many calls are too thin, without what is below them;
         ``hottest``: function, place and own value of the lines with most.
     """
     samples = [(stack, values[which]) for stack, values in profile.samples.items() if values[which]]
-    whole = _Call(-1, None, 0, _weight(samples), samples)
+    whole = _Call(None, 0, _weight(samples), samples)
     nodes: list[int] = []
     n_left_out = 0
     waiting = [whole]
     while waiting:
         call = waiting.pop()
         number = -1 if call.frame is None else frames.setdefault(call.frame, len(frames))
-        here = len(nodes) // 5
         value = own = 0
         below: dict[Frame, list[tuple[Stack, int]]] = {}
         for sample in call.samples:
@@ -127,10 +125,8 @@ def _view(profile: Profile, which: int, frames: dict[Frame, int]) -> dict[str, A
                 own += amount
             else:
                 below.setdefault(stack[-1 - call.depth], []).append(sample)
-        nodes += call.above, number, call.weight, value, own
-        calls = [
-            _Call(here, frame, call.depth + 1, _weight(part), part) for frame, part in below.items()
-        ]
+        nodes += call.depth, number, call.weight, value, own
+        calls = [_Call(frame, call.depth + 1, _weight(part), part) for frame, part in below.items()]
         shown = [each for each in calls if each.weight >= LEAST_SHARE * whole.weight]
         n_left_out += len(calls) - len(shown)
         shown.sort(key=lambda each: (-each.weight, each.frame))

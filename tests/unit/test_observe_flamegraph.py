@@ -63,9 +63,11 @@ class Page(html.parser.HTMLParser):
         data = self.data
         names = [*(name for name, _, _ in data["frames"]), ""]
         columns = [data["views"][number]["nodes"][at::5] for at in range(5)]
-        return [
-            (names[frame], above, *values) for above, frame, *values in zip(*columns, strict=True)
-        ]
+        nodes, newest = [], {-1: -1}
+        for depth, frame, *values in zip(*columns, strict=True):
+            nodes.append((names[frame], newest[depth - 1], *values))
+            newest[depth] = len(nodes) - 1
+        return nodes
 
 
 def page_of(found, **options):
