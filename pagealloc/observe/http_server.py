@@ -31,7 +31,7 @@ _servers: WeakSet[WSGIServer] = WeakSet()
 
 
 def _let_go_of_ports() -> None:
-    """Close, in a child, what is the parent's: else the port is taken as long as anybody has it."""
+    """Close, in a child, what is the parent's: the port is taken as long as anybody has it."""
     for server in tuple(_servers):
         server.socket.close()
 

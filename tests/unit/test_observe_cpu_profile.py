@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -55,6 +56,26 @@ def test_cpu_time_by_function():
     assert cpu_ns_of(found, "burn") == pytest.approx(0.4e9, rel=0.5)
     assert cpu_ns_of(found, "burn") > 0.6 * found.total()
     assert cpu_ns_of(found, "CPUProfiler._sample") == 0
+
+
+def test_it_keeps_nobodys_variables():
+    class Held:
+        pass
+
+    def work(profiling):
+        held, n_looks = Held(), profiling.profile.total(0)
+        while profiling.profile.total(0) == n_looks:
+            burn(0.0005)
+        return weakref.ref(held)
+
+    with profile("cpu", period_ns=20_000_000) as p:
+        for _ in range(5):
+            reference = work(p)
+            for _ in range(20):  # asleep, nobody is looked at again
+                if reference() is None:
+                    break
+                time.sleep(0.05)
+            assert reference() is None
 
 
 def test_time_inside_pagealloc_is_marked():
