@@ -38,6 +38,7 @@ from pagealloc.core.heap_options cimport describe_node, read_options
 from pagealloc.core.heap_refusal cimport refusal_of
 from pagealloc.core.heap_state cimport heap_options_t, heap_t
 from pagealloc.core.heap_stats cimport read_stats
+from pagealloc.core.noted cimport forget_wait, note_wait, observed, waits_are_noted
 from pagealloc.core.os_memory cimport os_fork_generation
 from pagealloc.core.page_heap cimport NOT_LIVE, NOT_OURS
 
@@ -48,7 +49,7 @@ from pagealloc.units import format_bytes, parse_bytes
 cdef int64_t MAX_TIME_EVERY = 1 << 30
 cdef double CLOSE_WAIT_S = 0.2
 
-_open_heaps = {}    # weak references: numbers; to copy a dict is one step, a WeakSet many
+_open_heaps = {}    # weak references: numbers; dict.copy() is one step, a WeakSet's many
 _numbers = count()
 
 
@@ -57,7 +58,7 @@ def open_heaps() -> list:
 
     They are numbered in the order they were made, from 0 on.
     """
-    numbered = [(number, heap_ref()) for heap_ref, number in tuple(_open_heaps.items())]
+    numbered = [(number, heap_ref()) for heap_ref, number in _open_heaps.copy().items()]
     return [(number, heap) for number, heap in numbered if heap is not None and not heap.closed]
 
 
@@ -133,12 +134,20 @@ cdef class Heap:
     cdef heap_t *enter(self) except NULL:
         """The heap, for a call that lets go of the GIL; leave() must follow."""
         cdef heap_t *heap = self.open_heap()
+        self.begin_call()
+        return heap
+
+    cdef void begin_call(self) noexcept:
+        """What enter() does, for who has something live in the heap, so that it is open."""
         self.forget_lost_calls()
         self.n_calls += 1
-        return heap
+        if observed(waits_are_noted):
+            forget_wait()
 
     cdef void leave(self) noexcept:
         self.n_calls -= 1
+        if observed(waits_are_noted):
+            note_wait()
 
     cdef int await_calls(self) except -1:
         """Give other threads' calls a moment to end, such as those of who shows the figures."""
@@ -169,6 +178,8 @@ cdef class Heap:
             raise self.refusal(nbytes, align_bytes, error, n_blocks)
         callback = self.pressure_callbacks[n_asked[0]]
         n_asked[0] += 1
+        if observed(waits_are_noted):
+            note_wait()     # before the callback's own calls begin
         self.threads_in_callbacks.add(thread)
         try:
             callback(nbytes * <object>n_blocks)
@@ -326,12 +337,15 @@ cdef class Heap:
         OSError
             The kernel refused to unmap; the allocator is still open.
         """
-        cdef heap_t *heap = self.heap
+        cdef heap_t *heap
         cdef int64_t n_live
         cdef int error
-        if heap == NULL:
+        if self.heap == NULL:
             return
         self.await_calls()
+        heap = self.heap
+        if heap == NULL:    # closed by another thread meanwhile
+            return
         n_live = n_surely_live(heap)
         if n_live:
             raise BufferError(
