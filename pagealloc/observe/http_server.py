@@ -30,7 +30,7 @@ _servers: WeakSet[WSGIServer] = WeakSet()
 
 
 def _let_go_of_ports() -> None:
-    """Close, in a child, what is the parent's: else the port is taken for as long as that one is."""
+    """Close, in a child, what is the parent's: else the port is taken while the child lives."""
     for server in tuple(_servers):
         server.socket.close()
 
