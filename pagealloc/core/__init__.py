@@ -16,6 +16,7 @@ this by reading the table below)::
     1  folios           whether a memfd gets 64 KiB folios here
     2  os_memory        memory from the OS; every call of the kernel goes through its table
     3  lock_waits       how long threads wait for the mutexes that they share
+    3  event_ring       slow events, kept for a thread of Python's
     3  os_file          the one sparse file of a store
     3  os_pages         what the kernel knows of single pages; NUMA nodes
 

@@ -49,7 +49,7 @@ from pagealloc.core.page_map cimport (
 from pagealloc.core.os_memory cimport os_abandon, os_reserve
 from pagealloc.core.os_pages cimport os_copy, os_guard, os_move_onto
 from pagealloc.core.page_run cimport RUN_FREE, run_t
-from pagealloc.core.trace cimport trace_arena
+from pagealloc.core.trace cimport trace_arena, trace_now_ns
 
 cdef extern from "poison.h" nogil:
     void poison "pagealloc_poison"(void *address, size_t nbytes)
@@ -62,6 +62,7 @@ cdef arena_t *arenas_add(
     """Reserve an arena and enter it as one free run (of `nbytes` exactly if it is dedicated)."""
     cdef arena_t *arena
     cdef placement_t placement = pages.placement
+    cdef int64_t begun_at_ns = trace_now_ns()
     if (
         placement.ladder & BACKING_HUGETLB and 0 <= pages.budget_bytes
         < pages.committed_bytes + <int64_t>round_up(nbytes, placement.hugetlb_bytes)
@@ -99,7 +100,8 @@ cdef arena_t *arenas_add(
     pages.committed_bytes += arena.n_committed * <int64_t>arena.page_bytes
     poison(arena.address, arena.nbytes)
     trace_arena(
-        pages.number, <int64_t>arena.nbytes, arena.achieved_backing, pages.reserved_bytes
+        pages.number, <int64_t>arena.nbytes, arena.achieved_backing, begun_at_ns,
+        pages.reserved_bytes
     )
     return arena
 

@@ -19,7 +19,6 @@ Units
 import gc
 import operator
 import os
-from itertools import count
 from threading import get_ident
 from time import monotonic, sleep
 from weakref import ref
@@ -50,13 +49,13 @@ cdef int64_t MAX_TIME_EVERY = 1 << 30
 cdef double CLOSE_WAIT_S = 0.2
 
 _open_heaps = {}    # weak references: numbers; dict.copy() is one step, a WeakSet's many
-_numbers = count()
 
 
 def open_heaps() -> list:
     """Return all heaps that are not closed, each behind its number.  Thread-safe.
 
-    They are numbered in the order they were made, from 0 on.
+    They are numbered in the order they were made, with those of native code; PAGEALLOC_TRACE
+    and slow events name them so, too.
     """
     numbered = [(number, heap_ref()) for heap_ref, number in _open_heaps.copy().items()]
     return [(number, heap) for number, heap in numbered if heap is not None and not heap.closed]
@@ -117,7 +116,7 @@ cdef class Heap:
         if self.heap == NULL:
             raise OutOfMemoryError("no memory for the tables of an allocator")
         self.heap.time_every = timed
-        _open_heaps[ref(self, _open_heaps.pop)] = next(_numbers)
+        _open_heaps[ref(self, _open_heaps.pop)] = self.heap.pages.number
 
     def __dealloc__(self):
         # Every Buffer holds a reference to its heap, so what is still live belongs to callers by

@@ -29,6 +29,7 @@ from pagealloc.core.arenas cimport (
     page_heap_t,
 )
 from pagealloc.core.backing cimport BACKING_HUGETLB
+from pagealloc.core.event_ring cimport EVENT_PURGE, EVENT_TRIM
 from pagealloc.core.lock_waits cimport lock_shared
 from pagealloc.core.mutex cimport mutex_unlock
 from pagealloc.core.os_memory cimport MADV_COLD, os_advise
@@ -134,7 +135,7 @@ cdef int64_t page_heap_purge_idle(page_heap_t *pages) noexcept nogil:
         lock_shared(&pages.mutex)
     if purged_bytes:
         trace_purge(
-            pages.number, "purge", purged_bytes, begun_at_ns, pages.committed_bytes,
+            pages.number, EVENT_PURGE, purged_bytes, begun_at_ns, pages.committed_bytes,
             pages.reserved_bytes
         )
     mutex_unlock(&pages.mutex)
@@ -237,7 +238,8 @@ cdef int64_t page_heap_end_trim(page_heap_t *pages, int64_t begun_at_bytes) noex
     pages.purged_bytes -= unseen_bytes
     purged_bytes = pages.purged_bytes - begun_at_bytes
     trace_purge(
-        pages.number, "trim", purged_bytes, begun_at_ns, pages.committed_bytes, pages.reserved_bytes
+        pages.number, EVENT_TRIM, purged_bytes, begun_at_ns, pages.committed_bytes,
+        pages.reserved_bytes
     )
     mutex_unlock(&pages.mutex)
     return purged_bytes

@@ -1,13 +1,15 @@
-"""Lines about what heaps take from the kernel and give back, for PAGEALLOC_TRACE=1.
+"""What heaps take from the kernel and give back: lines for PAGEALLOC_TRACE=1, events for spans.
 
 Purpose
     Say on stderr, a line each as Go's gctrace does, when an arena is reserved, when memory goes
-    back, and when caches are collected.
+    back, and when caches are collected.  The first two are events as well, if somebody watches.
 Structure
     trace_xxx -> begin (who, when) -> what happened -> write(2)
+              -> keep_event
 Locking
-    None; callers may hold any mutex.  A line is one write(2), so those of several threads do not
-    mix.  Who does not read the other end of a pipe stops the heap: it is for the search of reasons.
+    None of its own; callers may hold any mutex.  A line is one write(2), so those of several
+    threads do not mix.  Who does not read the other end of a pipe stops the heap: it is for the
+    search of reasons.
 Units
     Bytes as given, MiB as shown; nanoseconds as given, seconds since the import as shown.
 """
@@ -18,6 +20,12 @@ from libc.stdio cimport snprintf
 from posix.unistd cimport STDERR_FILENO, write
 
 from pagealloc.core.backing cimport BACKING_HUGETLB, BACKING_THP
+from pagealloc.core.event_ring cimport (
+    EVENT_ARENA_GROWTH,
+    EVENT_TRIM,
+    events_are_watched,
+    keep_event,
+)
 from pagealloc.core.os_memory cimport os_now_ns
 
 from pagealloc.options import option_value
@@ -39,7 +47,7 @@ cdef bint trace_is_on() noexcept nogil:
 
 cdef int64_t trace_now_ns() noexcept nogil:
     """When something begins; 0 if nobody wants to know."""
-    return os_now_ns() if is_on else 0
+    return os_now_ns() if is_on or events_are_watched() else 0
 
 
 cdef int begin(char *line, int64_t heap_number) noexcept nogil:
@@ -57,11 +65,13 @@ cdef void end(const char *line, int n) noexcept nogil:
 
 
 cdef void trace_arena(
-    int64_t heap_number, int64_t nbytes, int achieved_backing, int64_t reserved_bytes
+    int64_t heap_number, int64_t nbytes, int achieved_backing, int64_t begun_at_ns,
+    int64_t reserved_bytes
 ) noexcept nogil:
     """An arena was reserved."""
     cdef char line[LINE_BYTES]
     cdef int n
+    keep_event(EVENT_ARENA_GROWTH, heap_number, begun_at_ns, nbytes)
     if not is_on:
         return
     n = begin(line, heap_number)
@@ -76,18 +86,20 @@ cdef void trace_arena(
 
 
 cdef void trace_purge(
-    int64_t heap_number, const char *what, int64_t purged_bytes, int64_t begun_at_ns,
+    int64_t heap_number, int kind, int64_t purged_bytes, int64_t begun_at_ns,
     int64_t committed_bytes, int64_t reserved_bytes
 ) noexcept nogil:
-    """Memory went back: `what` is "purge" or "trim"."""
+    """Memory went back: EVENT_PURGE or EVENT_TRIM."""
     cdef char line[LINE_BYTES]
     cdef int n
+    keep_event(kind, heap_number, begun_at_ns, purged_bytes)
     if not is_on:
         return
     n = begin(line, heap_number)
     n += snprintf(
         line + n, <size_t>(LINE_BYTES - n),
-        "%s of %.2f MiB in %.3f ms; %.2f MiB committed of %.2f MiB\n", what,
+        "%s of %.2f MiB in %.3f ms; %.2f MiB committed of %.2f MiB\n",
+        b"trim" if kind == EVENT_TRIM else b"purge",
         <double>purged_bytes / MIB, <double>(os_now_ns() - begun_at_ns) / 1e6,
         <double>committed_bytes / MIB, <double>reserved_bytes / MIB
     )

@@ -159,7 +159,7 @@ def _allocation_table(attribution: Attribution) -> str:
             *_pairs(attribution, taken, SUMMARY[2:]),
             _of_step_before(attribution, taken, "alloc_p99_ns"),
             _time(taken.value("malloc_p99_ns")),
-            f"{_time(min(values_ns))} to {_time(max(values_ns))}",
+            " to ".join(_time(each) for each in sorted({min(values_ns), max(values_ns)})),
         ]
 
     header = [

@@ -132,7 +132,7 @@ def _facts(options: ReportOptions, model: OpenModel, job: SideJob) -> dict[str, 
             "versions": versions,
         },
         "model": {
-            "name": model.shape.name,
+            "name": model.path.stem,  # as the demo calls it
             "file": model.path.name,
             "kv_token_bytes": model.shape.kv_token_bytes,
         },

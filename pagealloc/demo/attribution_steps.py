@@ -111,8 +111,8 @@ STEPS = (
     Step(
         HUGE_PAGES,
         "+ huge pages",
-        'Huge pages wherever a whole one is committed (MADV_COLLAPSE: `backing="auto"` of '
-        "`KVCache` and of `PageAllocator`).",
+        "Huge pages in the KV cache's windows wherever a whole one is committed (MADV_COLLAPSE, "
+        '`KVCache(backing="auto")`), and `PageAllocator(backing="auto")` for the blocks.',
         kv="q4_0",
         backing="auto",
     ),

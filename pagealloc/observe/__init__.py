@@ -13,6 +13,7 @@ Rooms, bottom up::
     host_check            who may ask by HTTP
     http_server           who answers
     prometheus            metrics as Prometheus has them (extra `metrics`)
+    core_events           slow events of the core, told
     otel                  metrics and spans as OpenTelemetry has them (extra `otel`)
     dashboard             what Grafana and Prometheus import
     feed                  shows this process to its user's others

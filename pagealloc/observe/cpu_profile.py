@@ -160,9 +160,12 @@ os.register_at_fork(after_in_child=_forget_running)
 
 
 def _calls_of_threads() -> dict[int, Calls]:
-    """Return the calls of each thread, and keep no frame: its variables would live as long."""
-    frames = sys._current_frames()  # noqa: SLF001  # there is no other way to them
-    return {ident: stack_of(frame) for ident, frame in frames.items()}
+    """Return the calls of each thread, and keep no frame: its variables would live as long.
+
+    There is no other way to them.  A variable would keep them until the next collection: this
+    thread's own frame, which has it, is one of them.
+    """
+    return {ident: stack_of(frame) for ident, frame in sys._current_frames().items()}  # noqa: SLF001
 
 
 def _tids() -> list[int]:

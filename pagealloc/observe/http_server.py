@@ -30,7 +30,7 @@ _servers: WeakSet[WSGIServer] = WeakSet()
 
 
 def _let_go_of_ports() -> None:
-    """Close, in a child, what is the parent's: else the port is taken while the child lives."""
+    """Close, in a child, what is the parent's: the port is taken as long as anybody has it."""
     for server in tuple(_servers):
         server.socket.close()
 

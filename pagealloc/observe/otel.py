@@ -8,6 +8,7 @@ Structure
 
         readings, LatencyTotals <--asks-- observable instruments <--collects-- the reader
         slow_events             --tells-> spans, below the span that is current in that thread
+        core_events             --tells-> slow_events, in a thread of its own
 
     OpenTelemetry has no observable histogram, and a synchronous one would want every sample anew.
     So the latency histogram is two observable counters.  ``mem_page_aligned_alloc_latency_bucket``
@@ -22,6 +23,7 @@ Units
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from itertools import accumulate
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -37,6 +39,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from pagealloc import LatencyHistogram, __version__
+from pagealloc.observe.core_events import follow_core_events
 from pagealloc.observe.latency_totals import LatencyTotals
 from pagealloc.observe.readings import Metric, described_metrics, readings
 from pagealloc.slow_events import SlowEvent, on_slow_event
@@ -67,7 +70,8 @@ def instrument(
         ``_total``; the process's own provider by default.  Once a provider.
     tracer_provider : opentelemetry.trace.TracerProvider, optional
         Gets a span for each slow event, such as ``pagealloc.prefix_restore``; the process's own
-        provider by default.
+        provider by default.  Those of arenas, ``pagealloc.arena_growth`` and ``pagealloc.purge``,
+        come up to a second late, and only if that provider was configured before.
 
     Returns
     -------
@@ -78,7 +82,8 @@ def instrument(
     Notes
     -----
     Figures are read when a reader collects, in its thread; what is not configured costs nothing but
-    the clock at each slow event.  Works in a forked child as far as the providers do.
+    the clock at each slow event.  Works in a forked child as far as the providers do, but for the
+    spans of arenas, which want a call in the child.
     """
     meter = metrics.get_meter("pagealloc", __version__, meter_provider)
     figures = _Figures()
@@ -100,15 +105,13 @@ def instrument(
         "s",
         "Time that the sampled allocations took together.",
     )
-    stop_spans = on_slow_event(
-        _span_maker(trace.get_tracer("pagealloc", __version__, tracer_provider))
-    )
-
-    def stop() -> None:
-        stop_spans()
-        figures.stop()
-
-    return stop
+    ends = ExitStack()
+    ends.callback(figures.stop)
+    tracer = trace.get_tracer("pagealloc", __version__, tracer_provider)
+    ends.callback(on_slow_event(_span_maker(tracer)))
+    if not isinstance(tracer, trace.ProxyTracer | trace.NoOpTracer):
+        ends.callback(follow_core_events())
+    return ends.close
 
 
 class Instrumentor:

@@ -153,6 +153,25 @@ def test_the_readme_s_lines_print_what_it_shows(tmp_path):
     assert run(sys.executable, "-c", example[1], cwd=tmp_path) == example[2]
 
 
+@pytest.mark.skipif(os.sysconf("SC_PAGE_SIZE") != 4096, reason="the README shows 4 KiB pages")
+def test_the_readme_s_profile_is_what_the_command_prints(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    shown = re.search(r"    \$ pagealloc (profile .*)\n((?:    .*\n)+)", readme)
+    assert shown is not None
+    options = shown[1].removeprefix("profile").split()
+    command = (Path(sys.executable).with_name("pagealloc"), "profile", "-o", tmp_path)
+    printed = run(*command, *options, cwd=ROOT)
+
+    def amounts(text):
+        found = re.findall(r"([\d.]+) MiB +(\S+)", text)
+        return sorted((name, float(mib)) for mib, name in found)
+
+    assert len(amounts(shown[2])) == 8
+    assert [name for name, _ in amounts(printed)] == [name for name, _ in amounts(shown[2])]
+    for (_, mib), (_, mib_shown) in zip(amounts(printed), amounts(shown[2]), strict=True):
+        assert mib == pytest.approx(mib_shown, rel=0.2)  # they are sampled
+
+
 def examples_of(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 

@@ -1,12 +1,24 @@
-"""Flame graphs in a browser: zoom, search, keys, colours that can be read."""
+"""Flame graphs in a browser: values, zoom, search, keys, colours that can be read.
 
+``PAGEALLOC_DOCS_IMAGES=1 python -m pytest tests/servers/test_flamegraph.py`` writes the picture of
+docs/profiles.md, of tests/support/inference.py.
+"""
+
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from browser import complaints, open_browser, requested
 
 from pagealloc.observe.flamegraph import flame_graph
 from pagealloc.observe.profiles import Frame, Profile, ValueType
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WRITES_IMAGES = os.environ.get("PAGEALLOC_DOCS_IMAGES") == "1"
+IMAGE = ROOT / "docs/images/flamegraph.png"
 
 SPACE = ValueType("alloc_space", "bytes")
 KIB = 1024
@@ -31,6 +43,17 @@ def heap():
         ((LOAD, MAIN), 50 * KIB),
         ((READ, MAIN), 250 * KIB),
     )
+
+
+def of_four_values():
+    """A profile of 1,000 KiB in main, of which 300 are live, all in read below load."""
+    names = ("alloc_objects", "alloc_space", "inuse_objects", "inuse_space")
+    types = tuple(ValueType(name, "bytes" if "space" in name else "count") for name in names)
+    made = Profile(types, SPACE, 512 * KIB)
+    made.add((READ, LOAD, MAIN), [10, 500 * KIB, 6, 300 * KIB])
+    made.add((PARSE, LOAD, MAIN), [28, 290 * KIB, 0, 0])
+    made.add((READ, MAIN), [2, 210 * KIB, 0, 0])
+    return made
 
 
 def of_many_modules():
@@ -74,7 +97,8 @@ class Graph:
     def contrasts(self):
         """The least contrast of a text with what is behind it, by element."""
         rows = self.browser.execute_script(
-            "return Array.from(document.querySelectorAll('.frame span, p, h1, h2, td, li span'))"
+            "return Array.from(document.querySelectorAll('.frame span, p, h1, h2, td, li span, '"
+            "    + 'button'))"
             "  .filter((each) => each.textContent.trim() && each.offsetParent)"
             "  .map((each) => {"
             "    let behind = each;"
@@ -181,6 +205,102 @@ def test_a_click_zooms(graph):
     graph.frame(2).click()
     graph.press("\ue00c")  # Escape
     assert graph.frames() == WHOLE
+
+
+class TestValues:
+    @pytest.fixture
+    def graph(self, browser, tmp_path):
+        return Graph(browser, tmp_path, of_four_values())
+
+    @staticmethod
+    def switch(graph, name):
+        button, *others = (each for each in graph.find_all("#values button") if each.text == name)
+        assert not others
+        button.click()
+        assert [each.text for each in graph.find_all("#values [aria-pressed=true]")] == [name]
+
+    def test_each_can_be_shown(self, graph):
+        names = [button.text for button in graph.find_all("#values button")]
+        assert names == ["alloc_objects", "alloc_space", "inuse_objects", "inuse_space"]
+        assert [each.text for each in graph.find_all("#values [aria-pressed=true]")] == [names[3]]
+        assert graph.frames() == [("all", 1.0), ("main", 1.0), ("load", 1.0), ("read", 1.0)]
+        assert graph.text("header p") == "inuse_space in bytes, 1 stack, 300 KiB in all"
+        assert len(graph.find_all("#hottest tr")) == len(graph.find_all("#legend li")) == 1
+        self.switch(graph, "alloc_objects")
+        assert graph.frames()[2:] == [
+            ("load", 0.95),
+            ("parse", 0.7),
+            ("read", 0.25),
+            ("read", 0.05),
+        ]
+        assert graph.text("header p") == "alloc_objects in count, 3 stacks, 40 in all"
+        rows = [row.text.split()[:4] for row in graph.find_all("#hottest tr")]
+        assert rows == [["28", "70.0", "%", "parse"], ["12", "30.0", "%", "read"]]
+        legend = [row.text.split()[0] for row in graph.find_all("#legend li")]
+        assert legend == ["grammar", "shelf"]
+        assert graph.text("#details").splitlines()[1] == "40, 100.0 % of all; of its own 0, 0.0 %"
+
+    def test_a_module_keeps_its_colour(self, graph):
+        def colour():
+            return graph.frame(3).value_of_css_property("background-color")
+
+        assert graph.frame(3).text.startswith("read")
+        of_read = colour()
+        self.switch(graph, "alloc_space")
+        assert graph.frame(3).text.startswith("read")
+        assert colour() == of_read
+        self.switch(graph, "alloc_objects")
+        assert graph.frame(3).text.startswith("parse")
+        assert colour() != of_read
+
+    def test_zoom_and_search_stay(self, graph):
+        self.switch(graph, "alloc_space")
+        graph.frame(2).click()
+        graph.browser.find_element("id", "search").send_keys("parse")
+        zoomed = [("all", 1.0), ("main", 1.0), ("load", 1.0)]
+        assert graph.frames() == [*zoomed, ("read", 0.63), ("parse", 0.37)]
+        assert graph.text("#matches") == "1 found, 29.0 % of all"
+        self.switch(graph, "alloc_objects")
+        assert graph.frames() == [*zoomed, ("parse", 0.74), ("read", 0.26)]
+        assert graph.text("#matches") == "1 found, 70.0 % of all"
+        assert [n for n, each in enumerate(graph.classes()) if "found" in each] == [3]
+        graph.frame(3).click()
+        self.switch(graph, "inuse_space")  # without parse: as near as there is
+        assert graph.frames() == [*zoomed, ("read", 1.0)]
+        assert "load /home/a/app.py:20" in graph.text("#details")
+        assert graph.text("#matches") == "nothing found"
+
+    def test_keys_are_enough(self, graph):
+        graph.browser.execute_script("document.querySelector('#values button').focus()")
+        graph.press("\ue004", " ")  # Tab
+        assert graph.text("header p").startswith("alloc_space")
+        graph.press("\ue004", "\ue004", "\ue007")  # Tab, Tab, Enter
+        assert graph.text("header p").startswith("inuse_space")
+
+    def test_what_there_is_nothing_of_is_switched_off(self, browser, tmp_path):
+        found = of_four_values()
+        for values in found.samples.values():
+            values[2:] = 0, 0
+        graph = Graph(browser, tmp_path, found)
+        enabled = [each.is_enabled() for each in graph.find_all("#values button")]
+        assert enabled == [True, True, False, False]
+        assert graph.text("header p") == "alloc_space in bytes, 3 stacks, 1,000 KiB in all"
+
+    def test_a_difference_has_them_too(self, browser, tmp_path):
+        before = of_four_values()
+        after = of_four_values()
+        after.add((READ, MAIN), [0, 0, 1, 210 * KIB])
+        after.add((PARSE, LOAD, MAIN), [-9, 0, 0, 0])
+        graph = Graph(browser, tmp_path, after.minus(before), is_difference=True)
+        assert graph.text("header p") == "inuse_space in bytes, 1 stack, +210 KiB in all"
+        self.switch(graph, "alloc_objects")
+        assert graph.text("#hottest").startswith("−9 100.0 % parse")
+        assert len(graph.find_all("#legend li")) == 3
+        assert not graph.find_all("#values button")[1].is_enabled()
+
+
+def test_one_value_needs_no_switch(graph):
+    assert not graph.browser.find_element("id", "values").is_displayed()
 
 
 def test_a_search_highlights(graph):
@@ -296,6 +416,7 @@ def test_a_profile_of_nothing_says_so(browser, tmp_path, is_difference):
     text = "Nothing changed" if is_difference else "one in 512 KiB"
     assert text in graph.text("#nothing")
     assert not graph.browser.find_element("id", "shown").is_displayed()
+    graph.press("\ue00c")  # Escape: there is nothing to zoom
 
 
 def test_calls_too_thin_to_see(browser, tmp_path):
@@ -345,4 +466,33 @@ def test_texts_can_be_read(tmp_path, dark):
         for difference in shades:
             graph = Graph(browser, tmp_path, difference, is_difference=True)
             assert_readable()
+        graph = Graph(browser, tmp_path, of_four_values())
+        assert_readable()
         assert complaints(browser) == []
+
+
+@pytest.fixture(scope="module")
+def of_inference(tmp_path_factory):
+    """The flame graph of a real heap profile."""
+    folder = tmp_path_factory.mktemp("inference")
+    command = [sys.executable, "-m", "pagealloc", "profile", "--heap", "--period", "64KiB"]
+    command += ["-o", str(folder), "inference.py"]
+    subprocess.run(command, check=True, cwd=ROOT / "tests/support", timeout=60)
+    return folder / "heap.html"
+
+
+def test_a_real_profile(browser, of_inference):
+    browser.get(of_inference.as_uri())
+    hottest = [each.text for each in browser.find_elements("css selector", "#hottest button")]
+    assert {"load", "RowPages.make_ready"} <= set(hottest)
+    assert browser.find_element("id", "subtitle").text.startswith("inuse_space in bytes, ")
+
+
+@pytest.mark.skipif(not WRITES_IMAGES, reason="writes a picture: PAGEALLOC_DOCS_IMAGES=1")
+def test_the_picture_of_the_docs(of_inference):
+    with open_browser(1280, 500) as browser:
+        browser.get(of_inference.as_uri())
+        height = browser.execute_script("return document.documentElement.scrollHeight")
+        frame = 500 - browser.execute_script("return window.innerHeight")
+        browser.set_window_size(1280, height + frame)
+        assert browser.save_screenshot(str(IMAGE))

@@ -68,7 +68,7 @@ def test_all_of_the_process_is_there(browser):
     text = browser.find_element("tag name", "main").text
     for words in (
         "Memory of all allocators",
-        "Allocator 0",
+        "Allocator ",
         "of 256 MiB budget",
         "auto → ",
         "Size classes",

@@ -226,7 +226,9 @@ def test_a_module_as_it_is(tmp_path):
     (tmp_path / "some_module.py").write_text("import sys\nprint(__name__, sys.argv[1:])")
     command = [sys.executable, "-m", "pagealloc.observe", "-m", "some_module", "z"]
     environment = os.environ | {"PYTHONSAFEPATH": "", "PYTHONPATH": str(tmp_path)}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    process = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60
+    )
     assert process.stdout == "__main__ ['z']\n"
 
 

@@ -50,14 +50,24 @@ class Page(html.parser.HTMLParser):
         return json.loads(self.texts["data"])
 
     @property
+    def first(self):
+        """The value that is shown first."""
+        return self.data["views"][self.data["first"]]
+
+    @property
     def nodes(self):
-        """Function and place, of which node, weight, value, own value."""
+        """Function and place, of which node, weight, value, own value; of what is shown first."""
+        return self.nodes_of(self.data["first"])
+
+    def nodes_of(self, number):
         data = self.data
         names = [*(name for name, _, _ in data["frames"]), ""]
-        columns = [data["nodes"][at::5] for at in range(5)]
-        return [
-            (names[frame], above, *values) for above, frame, *values in zip(*columns, strict=True)
-        ]
+        columns = [data["views"][number]["nodes"][at::5] for at in range(5)]
+        nodes, newest = [], {-1: -1}
+        for depth, frame, *values in zip(*columns, strict=True):
+            nodes.append((names[frame], newest[depth - 1], *values))
+            newest[depth] = len(nodes) - 1
+        return nodes
 
 
 def page_of(found, **options):
@@ -74,24 +84,59 @@ def test_calls_stand_behind_those_that_led_to_them():
         ("read", 2, 100, 100, 100),
     ]
     assert page.data["frames"] == [
-        ["main", "app.py:10", 1],
-        ["load", "app.py:20", 1],
-        ["read", "lib/io.py:5", 0],
+        ["main", "app.py:10", 0],
+        ["load", "app.py:20", 0],
+        ["read", "lib/io.py:5", 1],
     ]
-    assert page.data["modules"] == [["io", 100], ["app", 37]]
-    assert page.data["hottest"] == [
+    assert page.data["modules"] == ["app", "io"]
+    assert page.first["shares"] == [37, 100]
+    assert page.first["hottest"] == [
         ["read", "lib/io.py:5", 100],
         ["load", "app.py:20", 30],
         ["main", "app.py:10", 7],
     ]
-    assert page.data["unit"] == "bytes"
-    assert "alloc_space in bytes, 3 stacks" in page.texts["header"]
+    assert (page.first["name"], page.first["unit"]) == ("alloc_space", "bytes")
+    assert page.first["nStacks"] == 3
 
 
-def test_which_value_is_chosen():
-    page = page_of(profile([((MAIN,), 3, 0), ((LOAD,), 0, 5)]), which=0)
-    assert page.nodes == [("", -1, 3, 3, 0), ("main", 0, 3, 3, 3)]
-    assert "alloc_objects in count, 1 stack" in page.texts["header"]
+def test_all_values_are_there():
+    page = page_of(profile([((MAIN,), 3, 0), ((LOAD,), 0, 5), ((READ, MAIN), 1, 1)]))
+    assert page.nodes_of(0) == [("", -1, 4, 4, 0), ("main", 0, 4, 4, 3), ("read", 1, 1, 1, 1)]
+    assert page.nodes_of(1) == [
+        ("", -1, 6, 6, 0),
+        ("load", 0, 5, 5, 5),
+        ("main", 0, 1, 1, 0),
+        ("read", 2, 1, 1, 1),
+    ]
+    views = page.data["views"]
+    assert [view["name"] for view in views] == ["alloc_objects", "alloc_space"]
+    assert [view["nStacks"] for view in views] == [2, 2]
+    assert [view["hottest"][0][0] for view in views] == ["main", "load"]
+    assert page.data["modules"] == ["app", "io"]
+    assert [view["shares"] for view in views] == [[3, 1], [5, 1]]
+
+
+def test_modules_come_by_their_largest_share_of_any_value():
+    found = profile([((READ,), 9, 100), ((Frame("f", "b.py"),), 1, 900), ((MAIN,), 90, 100)])
+    page = page_of(found)
+    assert page.data["modules"] == ["app", "b", "io"]
+    assert page.first["shares"] == [100, 900, 100]
+
+
+@pytest.mark.parametrize("which", [0, 1, -1, -2])
+def test_which_value_is_shown_first(which):
+    page = page_of(profile([((MAIN,), 3, 5)]), which=which)
+    assert page.data["first"] == which % 2
+
+
+def test_a_value_that_there_is_nothing_of_is_not_shown_first():
+    names = ["alloc_objects", "alloc_space", "inuse_objects", "inuse_space"]
+    found = Profile(tuple(ValueType(name, "count") for name in names), SPACE, 4096)
+    found.add((MAIN,), [2, 100, 0, 0])
+    assert page_of(found).first["name"] == "alloc_space"
+    assert page_of(found, which=0).first["name"] == "alloc_objects"
+    found.samples = {}
+    assert page_of(found, which=1).first["name"] == "alloc_space"
 
 
 def test_the_widest_stands_first():
@@ -118,7 +163,7 @@ def test_a_difference_is_as_wide_as_what_changed():
 def test_a_profile_of_nothing():
     page = page_of(profile())
     assert page.nodes == [("", -1, 0, 0, 0)]
-    assert page.data["hottest"] == []
+    assert page.first["hottest"] == []
     assert (page.data["period"], page.data["periodUnit"]) == (4096, "bytes")
 
 
@@ -126,22 +171,25 @@ def test_calls_too_thin_are_counted_and_left_out():
     thin = [((Frame(f"f{at}", "a.py"), MAIN), 0, 1) for at in range(30)]
     page = page_of(profile([((MAIN,), 0, 10_000), *thin]))
     assert [node[0] for node in page.nodes] == ["", "main"]
-    assert page.data["nLeftOut"] == 30
-    assert page.data["modules"] == [["app", 10_000]]
+    assert page.first["nLeftOut"] == 30
+    assert page.data["modules"] == ["app"]
+    assert page.first["shares"] == [10_000]
 
 
 @pytest.mark.parametrize("is_one_call", [True, False])
 def test_a_stack_of_5000_calls(is_one_call):
     stack = tuple(Frame("f", "a.py", 1 if is_one_call else at) for at in range(5000))
-    nodes = page_of(profile([(stack, 1, 64)])).nodes
-    assert len(nodes) == 5001
+    page = page_of(profile([(stack, 1, 64)]))
+    nodes = page.nodes
+    assert len(nodes) == len(page.nodes_of(0)) == 5001
+    assert len(page.data["frames"]) == len(set(stack))
     assert [node[1] for node in nodes] == list(range(-1, 5000))
 
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "<!--<script>",
-    "__DATA__ __TITLE__ __SUBTITLE__",
+    "__DATA__ __TITLE__ __SCRIPT__",
     "\\1 \\g<0> ${x} {{x}}",
     '"&<>\u2028\u0000\\',
     "größer",
@@ -156,10 +204,9 @@ def test_names_end_nothing_and_are_no_marks(name):
     page, plain = Page(text), page_of(profile([((READ, MAIN), 1, 100)]))
     assert page.tags == plain.tags
     assert page.data["frames"][1][:2] == [name, f"{name}:1"]
-    assert page.data["unit"] == name
+    assert (page.first["name"], page.first["unit"]) == (name, name)
     if "\u0000" not in name:  # which no HTML can hold
         assert page.texts["title"] == page.texts["h1"] == name
-        assert f"{name} in {name}, 1 stack" in page.texts["header"]
     assert page.texts["script"] == plain.texts["script"]
 
 
@@ -198,4 +245,6 @@ def test_a_page_needs_nothing_else():
 )
 def test_modules(file, module):
     found = profile([((Frame("f", file, 1),), 1, 100)])
-    assert page_of(found).data["modules"] == [[module, 100]]
+    page = page_of(found)
+    assert page.data["modules"] == [module]
+    assert page.first["shares"] == [100]

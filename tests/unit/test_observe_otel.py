@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 
 import pytest
 from prefixes import layout_of, publish
+from quiet import quieten
 
 from pagealloc import PageAllocator
 from pagealloc.kv import KVCache
@@ -58,6 +59,7 @@ def reader():
 
 @pytest.fixture
 def exporter():
+    quieten()
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -216,6 +218,40 @@ def test_a_span_has_the_times_of_its_event(exporter):
     assert (span.start_time, span.end_time) == (5, 7)
 
 
+def test_an_arena_and_a_purge_are_spans(exporter):
+    with PageAllocator(backing="base", arena_bytes="8MiB", purge_after_s=None) as allocator:
+        with exporter.tracer.start_as_current_span("request"):
+            allocator.alloc("1MiB", prefault=True).close()
+            trimmed_bytes = allocator.trim()
+        exporter.stop()  # tells what the thread did not yet
+    # The thread may have told some before the request's span ended.
+    growth, purge = (one for one in exporter.get_finished_spans() if one.name != "request")
+    assert growth.name == "pagealloc.arena_growth"
+    heap = growth.attributes["pagealloc.heap"]
+    assert growth.attributes == {"pagealloc.heap": heap, "pagealloc.nbytes": 8 << 20}
+    assert purge.name == "pagealloc.purge"
+    assert purge.attributes == {
+        "pagealloc.heap": heap,
+        "pagealloc.nbytes": trimmed_bytes,
+        "pagealloc.cause": "trim",
+    }
+    assert growth.parent is None
+    assert purge.parent is None
+    assert growth.start_time < growth.end_time <= purge.start_time < purge.end_time
+
+
+def test_two_providers_get_each_span_once(exporter):
+    other = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(other))
+    stop = otel.instrument(tracer_provider=provider)
+    with PageAllocator(backing="base", purge_after_s=None) as allocator:
+        allocator.trim()
+    stop()
+    for one in (exporter, other):
+        assert [span.name for span in one.get_finished_spans()] == ["pagealloc.purge"]
+
+
 def test_no_span_after_the_end(exporter):
     exporter.stop()
     with slow_event("nap"):
@@ -252,7 +288,9 @@ def test_without_providers_it_works_and_does_nothing():
     code = (
         "from pagealloc.observe.otel import instrument\n"
         "from pagealloc.slow_events import slow_event\n"
+        "import threading\n"
         "stop = instrument()\n"
+        "assert threading.active_count() == 1\n"
         "with slow_event('nap'): pass\n"
         "stop()\nprint('fine')\n"
     )
