@@ -10,8 +10,8 @@ Invariants
     heap != NULL <=> open; a heap with something live, or pinned, or with a call under way, is
     never unmapped
 Locking
-    The GIL for the object's fields; every call that lets go of it stands between enter() and
-    leave(), so that close() knows of it.  The heap's own mutexes below.
+    The GIL for the object's fields; every call that lets go of it stands between enter(), or
+    begin_call(), and leave(), so that close() knows of it.  The heap's own mutexes below.
 Units
     Bytes.
 """
@@ -19,6 +19,7 @@ Units
 import gc
 import operator
 import os
+from contextlib import suppress
 from threading import get_ident
 from time import monotonic, sleep
 from weakref import ref
@@ -65,7 +66,8 @@ def _collect_after_gc(phase, info):
     """A process whose oldest generation was just gone through has let go of what it will."""
     if phase == "stop" and info["generation"] == 2:
         for _, heap in open_heaps():
-            heap.collect()
+            with suppress(ClosedError):     # by another thread, meanwhile
+                heap.collect()
 
 
 gc.callbacks.append(_collect_after_gc)
@@ -285,8 +287,7 @@ cdef class Heap:
         Notes
         -----
         Called by the purger, and whenever Python's garbage collector has gone through its oldest
-        generation.  Thread-safe; does
-        nothing if another thread is at it.
+        generation.  Thread-safe; does nothing if another thread is at it.
         """
         cdef heap_t *heap = self.enter()
         with nogil:

@@ -217,8 +217,10 @@ def test_buffers_made_longer_and_shorter(allocator):
 def test_a_thread_without_python_frames(allocator):
     with profile("heap", period=1) as p:
         _thread.start_new_thread(allocator.alloc, (5000,))
-        while p.profile.total(ALLOC_OBJECTS) < 1:
-            time.sleep(0.001)
+        for _ in range(1000):
+            if p.profile.total(ALLOC_OBJECTS):
+                break
+            time.sleep(0.01)
     assert p.profile.samples[()][:2] == [1, 5000]
 
 
