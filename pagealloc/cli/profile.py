@@ -121,8 +121,8 @@ def _serve(args: argparse.Namespace, kinds: list[str]) -> int:
 
     if kinds:
         raise ValueError("--serve profiles on demand: leave --heap, --cpu and --contention out")
-    server = start_profile_server(args.serve)
-    return run_script(args.script, args.arguments, server.close, is_module=args.module)
+    with start_profile_server(args.serve) as server:
+        return run_script(args.script, args.arguments, server.close, is_module=args.module)
 
 
 def _write(kind: str, profile: Profile, folder: Path) -> None:

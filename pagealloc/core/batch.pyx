@@ -22,7 +22,7 @@ from pagealloc.core.export cimport fill_buffer
 from pagealloc.core.heap cimport heap_alloc_many, heap_free_many
 from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.heap_state cimport heap_t
-from pagealloc.core.noted cimport blocks_are_noted, note_block, note_wait, observed, waits_are_noted
+from pagealloc.core.noted cimport blocks_are_noted, note_block, observed
 
 from pagealloc.errors import ClosedError, OutOfMemoryError
 from pagealloc.units import format_bytes
@@ -126,14 +126,11 @@ cdef class Batch:
         cdef heap_t *heap = self.owner.heap     # open, for these blocks are live in it
         cdef char **blocks = self.blocks
         self.blocks = NULL
-        self.owner.forget_lost_calls()
-        self.owner.n_calls += 1
+        self.owner.begin_call()
         with nogil:
             heap_free_many(heap, blocks, <size_t>self.n_blocks)
         self.owner.leave()
         free(blocks)
-        if observed(waits_are_noted):
-            note_wait()
 
     def __getitem__(self, index):
         """Return a writable memoryview of a block; negative indices count from the end."""
@@ -201,8 +198,6 @@ cdef Batch new_batch(Heap heap, size_t nbytes, size_t align_bytes, Py_ssize_t n_
         raise
     finally:
         heap.leave()
-    if observed(waits_are_noted):
-        note_wait()
     if observed(blocks_are_noted):
         note_block(batch, <int64_t>nbytes * n_blocks, n_blocks)
     return batch

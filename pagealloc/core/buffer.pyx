@@ -18,7 +18,7 @@ import operator
 
 cimport cython
 from libc.errno cimport ENOMEM, errno
-from libc.stdint cimport uint32_t, uintptr_t
+from libc.stdint cimport int64_t, uint32_t, uintptr_t
 
 from pagealloc.core.export cimport fill_buffer
 from pagealloc.core.heap cimport (
@@ -31,7 +31,7 @@ from pagealloc.core.heap cimport (
 from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.heap_resize cimport heap_resize
 from pagealloc.core.heap_state cimport heap_t
-from pagealloc.core.noted cimport blocks_are_noted, note_block, note_wait, observed, waits_are_noted
+from pagealloc.core.noted cimport blocks_are_noted, note_block, note_growth, observed
 from pagealloc.core.os_memory cimport os_real_page_bytes, os_resident_bytes
 from pagealloc.core.page_heap cimport FREED
 
@@ -182,6 +182,7 @@ cdef class Buffer:
         cdef char *memory = self.open_memory()
         cdef char *moved
         cdef heap_t *heap
+        cdef int64_t n_more = 0
         cdef int error = 0, n_asked = 0
         self.check_no_views()
         if self.is_foreign:
@@ -196,13 +197,16 @@ cdef class Buffer:
                     )
                 if moved != NULL:
                     memory = moved
+                    n_more = <int64_t>new_bytes - <int64_t>self.nbytes
                     self.nbytes = new_bytes
                     self.fresh = False
-                    return
+                    break
                 self.owner.relieve(new_bytes, self.align_bytes, error, 1, &n_asked)
         finally:
             self.memory = memory
             self.owner.leave()
+        if observed(blocks_are_noted):
+            note_growth(self, n_more, 0)
 
     cdef int free_memory(self) noexcept:
         """Give the memory back: the heap's answer."""
@@ -215,13 +219,10 @@ cdef class Buffer:
             return FREED
         heap = self.owner.heap      # open, for this memory is live in it
         if not heap_free_fast(heap, memory):
-            self.owner.forget_lost_calls()
-            self.owner.n_calls += 1
+            self.owner.begin_call()
             with nogil:
                 outcome = heap_free_slow(heap, memory)
             self.owner.leave()
-            if observed(waits_are_noted):
-                note_wait()
         return outcome
 
     def __getbuffer__(self, Py_buffer *view, int flags):
@@ -324,8 +325,6 @@ cdef int fill_slow(
             heap.relieve(nbytes, align_bytes, error, 1, &n_asked)
     finally:
         heap.leave()
-    if observed(waits_are_noted):
-        note_wait()
     return 0
 
 

@@ -19,6 +19,7 @@ cdef class Heap:
     cdef readonly object budget_bytes
     cdef heap_t *open_heap(self) except NULL
     cdef heap_t *enter(self) except NULL
+    cdef void begin_call(self) noexcept
     cdef void leave(self) noexcept
     cdef void forget_lost_calls(self) noexcept
     cdef int await_calls(self) except -1

@@ -10,8 +10,8 @@ Invariants
     heap != NULL <=> open; a heap with something live, or pinned, or with a call under way, is
     never unmapped
 Locking
-    The GIL for the object's fields; every call that lets go of it stands between enter() and
-    leave(), so that close() knows of it.  The heap's own mutexes below.
+    The GIL for the object's fields; every call that lets go of it stands between enter(), or
+    begin_call(), and leave(), so that close() knows of it.  The heap's own mutexes below.
 Units
     Bytes.
 """
@@ -19,6 +19,7 @@ Units
 import gc
 import operator
 import os
+from contextlib import suppress
 from threading import get_ident
 from time import monotonic, sleep
 from weakref import ref
@@ -37,6 +38,7 @@ from pagealloc.core.heap_options cimport describe_node, read_options
 from pagealloc.core.heap_refusal cimport refusal_of
 from pagealloc.core.heap_state cimport heap_options_t, heap_t
 from pagealloc.core.heap_stats cimport read_stats
+from pagealloc.core.noted cimport forget_wait, note_wait, observed, waits_are_noted
 from pagealloc.core.os_memory cimport os_fork_generation
 from pagealloc.core.page_heap cimport NOT_LIVE, NOT_OURS
 
@@ -47,7 +49,7 @@ from pagealloc.units import format_bytes, parse_bytes
 cdef int64_t MAX_TIME_EVERY = 1 << 30
 cdef double CLOSE_WAIT_S = 0.2
 
-_open_heaps = {}    # weak references: numbers; to copy a dict is one step, a WeakSet many
+_open_heaps = {}    # weak references: numbers; dict.copy() is one step, a WeakSet's many
 
 
 def open_heaps() -> list:
@@ -56,7 +58,7 @@ def open_heaps() -> list:
     They are numbered in the order they were made, with those of native code; PAGEALLOC_TRACE
     and slow events name them so, too.
     """
-    numbered = [(number, heap_ref()) for heap_ref, number in tuple(_open_heaps.items())]
+    numbered = [(number, heap_ref()) for heap_ref, number in _open_heaps.copy().items()]
     return [(number, heap) for number, heap in numbered if heap is not None and not heap.closed]
 
 
@@ -64,7 +66,8 @@ def _collect_after_gc(phase, info):
     """A process whose oldest generation was just gone through has let go of what it will."""
     if phase == "stop" and info["generation"] == 2:
         for _, heap in open_heaps():
-            heap.collect()
+            with suppress(ClosedError):     # by another thread, meanwhile
+                heap.collect()
 
 
 gc.callbacks.append(_collect_after_gc)
@@ -132,12 +135,20 @@ cdef class Heap:
     cdef heap_t *enter(self) except NULL:
         """The heap, for a call that lets go of the GIL; leave() must follow."""
         cdef heap_t *heap = self.open_heap()
+        self.begin_call()
+        return heap
+
+    cdef void begin_call(self) noexcept:
+        """What enter() does, for who has something live in the heap, so that it is open."""
         self.forget_lost_calls()
         self.n_calls += 1
-        return heap
+        if observed(waits_are_noted):
+            forget_wait()
 
     cdef void leave(self) noexcept:
         self.n_calls -= 1
+        if observed(waits_are_noted):
+            note_wait()
 
     cdef int await_calls(self) except -1:
         """Give other threads' calls a moment to end, such as those of who shows the figures."""
@@ -168,6 +179,8 @@ cdef class Heap:
             raise self.refusal(nbytes, align_bytes, error, n_blocks)
         callback = self.pressure_callbacks[n_asked[0]]
         n_asked[0] += 1
+        if observed(waits_are_noted):
+            note_wait()     # before the callback's own calls begin
         self.threads_in_callbacks.add(thread)
         try:
             callback(nbytes * <object>n_blocks)
@@ -274,8 +287,7 @@ cdef class Heap:
         Notes
         -----
         Called by the purger, and whenever Python's garbage collector has gone through its oldest
-        generation.  Thread-safe; does
-        nothing if another thread is at it.
+        generation.  Thread-safe; does nothing if another thread is at it.
         """
         cdef heap_t *heap = self.enter()
         with nogil:
@@ -325,12 +337,15 @@ cdef class Heap:
         OSError
             The kernel refused to unmap; the allocator is still open.
         """
-        cdef heap_t *heap = self.heap
+        cdef heap_t *heap
         cdef int64_t n_live
         cdef int error
-        if heap == NULL:
+        if self.heap == NULL:
             return
         self.await_calls()
+        heap = self.heap
+        if heap == NULL:    # closed by another thread meanwhile
+            return
         n_live = n_surely_live(heap)
         if n_live:
             raise BufferError(

@@ -81,14 +81,15 @@ def note_allocation(block: Block, n_parts: int) -> None:
     def forget(_: object) -> None:
         _noted.pop(key, None)
 
-    _noted[key] = (weakref.ref(block, forget), n_parts, stack_of(sys._getframe(1)))  # noqa: SLF001
+    caller = sys._getframe().f_back  # noqa: SLF001  # None in a thread of native code alone
+    _noted[key] = (weakref.ref(block, forget), n_parts, stack_of(caller))
 
 
 def report() -> str:
     """Return what is live and was noted, in lines; empty: nothing."""
     n_blocks: Counter[Stack] = Counter()
     n_bytes: Counter[Stack] = Counter()
-    for reference, n_parts, stack in tuple(_noted.values()):
+    for reference, n_parts, stack in _noted.copy().values():
         block = reference()
         if block is not None and not block.closed:
             n_blocks[stack] += 1

@@ -18,7 +18,7 @@ cdef extern from * nogil:
     ) noexcept
 
 cdef void lock_waiting(mutex_t *mutex) noexcept nogil
-cdef int64_t take_waited_ns() noexcept nogil
+cdef int64_t take_waits(int64_t *waited_ns) noexcept nogil
 
 
 cdef inline void lock_shared(mutex_t *mutex) noexcept nogil:

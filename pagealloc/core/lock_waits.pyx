@@ -5,7 +5,7 @@ Purpose
 Structure
     lock_shared(mutex): free -> nothing to count; taken -> lock_waiting: process and thread
 Locking
-    None of its own: atomic counters, and one pair of numbers a thread.
+    None of its own: atomic counters, and two numbers a thread.
 Units
     Nanoseconds.
 """
@@ -18,18 +18,21 @@ from pagealloc.core.os_memory cimport os_now_ns
 
 cdef extern from * nogil:
     """
-    static __thread long long pagealloc_waited_ns;      /* since they were last taken, */
-    static __thread long long pagealloc_waited_epoch;   /* ... if it is still the same epoch */
-    static inline long long *pagealloc_waited(long long epoch)
+    typedef struct {
+        long long n, ns;    /* since they were last taken, */
+        long long epoch;    /* ... if it is still the same epoch */
+    } pagealloc_waits_t;
+    static __thread pagealloc_waits_t pagealloc_waits;
+    static inline pagealloc_waits_t *pagealloc_waits_of_thread(long long epoch)
     {
-        if (pagealloc_waited_epoch != epoch) {
-            pagealloc_waited_epoch = epoch;
-            pagealloc_waited_ns = 0;
-        }
-        return &pagealloc_waited_ns;
+        if (pagealloc_waits.epoch != epoch)
+            pagealloc_waits = (pagealloc_waits_t){0, 0, epoch};
+        return &pagealloc_waits;
     }
     """
-    long long *waited_of_thread "pagealloc_waited"(long long epoch)
+    ctypedef struct waits_t "pagealloc_waits_t":
+        long long n, ns
+    waits_t *waits_of_thread "pagealloc_waits_of_thread"(long long epoch)
 
 cdef int64_t n_waits = 0        # all three atomic
 cdef int64_t waited_ns = 0
@@ -40,19 +43,23 @@ cdef void lock_waiting(mutex_t *mutex) noexcept nogil:
     """Lock what another thread has."""
     cdef int64_t begun_at_ns = os_now_ns()
     cdef int64_t wait_ns
+    cdef waits_t *of_thread
     mutex_lock(mutex)
     wait_ns = os_now_ns() - begun_at_ns
     atomic_add_i64(&n_waits, 1)
     atomic_add_i64(&waited_ns, wait_ns)
-    waited_of_thread(atomic_load_i64(&epoch))[0] += wait_ns
+    of_thread = waits_of_thread(atomic_load_i64(&epoch))
+    of_thread.n += 1
+    of_thread.ns += wait_ns
 
 
-cdef int64_t take_waited_ns() noexcept nogil:
-    """What this thread has waited since it, or a new epoch, last asked."""
-    cdef long long *of_thread = waited_of_thread(atomic_load_i64(&epoch))
-    cdef int64_t taken_ns = of_thread[0]
-    of_thread[0] = 0
-    return taken_ns
+cdef int64_t take_waits(int64_t *waited_ns) noexcept nogil:
+    """How often, and how long, this thread has waited since it, or a new epoch, last asked."""
+    cdef waits_t *of_thread = waits_of_thread(atomic_load_i64(&epoch))
+    cdef int64_t n_taken = of_thread.n
+    waited_ns[0] = of_thread.ns
+    of_thread.n = of_thread.ns = 0
+    return n_taken
 
 
 def lock_wait_counts() -> tuple:

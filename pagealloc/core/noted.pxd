@@ -17,5 +17,6 @@ cdef bint blocks_are_noted
 cdef bint waits_are_noted
 
 cdef int note_block(object block, int64_t nbytes, Py_ssize_t n_parts) except -1
-cdef int note_pages(object window, int64_t nbytes) except -1
+cdef int note_growth(object block, int64_t nbytes, Py_ssize_t n_parts) except -1
 cdef int note_wait() except -1
+cdef void forget_wait() noexcept

@@ -17,7 +17,7 @@ Source
 from libc.math cimport log
 from libc.stdint cimport int64_t, uint64_t
 
-from pagealloc.core.lock_waits cimport take_waited_ns
+from pagealloc.core.lock_waits cimport take_waits
 
 from pagealloc.core import leaks
 from pagealloc.core.lock_waits import forget_waits
@@ -49,9 +49,9 @@ cdef int note_block(object block, int64_t nbytes, Py_ssize_t n_parts) except -1:
     return sample(block, nbytes, n_parts)
 
 
-cdef int note_pages(object window, int64_t nbytes) except -1:
-    """Tell who wants to know that a Window has so many bytes more."""
-    return sample(window, nbytes, 1) if nbytes > 0 else 0
+cdef int note_growth(object block, int64_t nbytes, Py_ssize_t n_parts) except -1:
+    """Tell who wants to know that a Buffer or Window has so many bytes more."""
+    return sample(block, nbytes, n_parts) if nbytes > 0 else 0
 
 
 cdef int sample(object block, int64_t nbytes, Py_ssize_t n_parts) except -1:
@@ -66,10 +66,17 @@ cdef int sample(object block, int64_t nbytes, Py_ssize_t n_parts) except -1:
 
 cdef int note_wait() except -1:
     """Tell who wants to know of what this thread has just waited."""
-    cdef int64_t waited_ns = take_waited_ns()
-    if waited_ns and wait_profiler is not None:
-        wait_profiler(waited_ns)
+    cdef int64_t waited_ns
+    cdef int64_t n_waits = take_waits(&waited_ns)
+    if n_waits and wait_profiler is not None:
+        wait_profiler(n_waits, waited_ns)
     return 0
+
+
+cdef void forget_wait() noexcept:
+    """What this thread has waited before a call is not that call's: others' calls are not noted."""
+    cdef int64_t waited_ns
+    take_waits(&waited_ns)
 
 
 def start_heap_profile(profiler, int64_t every_bytes) -> None:
@@ -89,15 +96,16 @@ def start_heap_profile(profiler, int64_t every_bytes) -> None:
     blocks_are_noted = True
 
 
-def stop_heap_profile() -> None:
-    """Call nobody any more."""
+def stop_heap_profile(profiler) -> None:
+    """Call `profiler` no more; if another one was started, that goes on."""
     global heap_profiler, blocks_are_noted
-    heap_profiler = None
-    blocks_are_noted = leaks.LEAK_EVERY > 0
+    if heap_profiler == profiler:
+        heap_profiler = None
+        blocks_are_noted = leaks.LEAK_EVERY > 0
 
 
 def start_wait_profile(profiler) -> None:
-    """Have ``profiler(waited_ns)`` called in each thread that had to wait for a shared mutex.
+    """Have ``profiler(n_waits, waited_ns)`` called in each thread that had to wait for a shared mutex.
 
     Raises
     ------
@@ -112,8 +120,11 @@ def start_wait_profile(profiler) -> None:
     waits_are_noted = True
 
 
-def stop_wait_profile() -> None:
-    """Call nobody any more."""
+def stop_wait_profile(profiler) -> bool:
+    """Call `profiler` no more: whether it was called until now; another one goes on."""
     global wait_profiler, waits_are_noted
+    if wait_profiler != profiler:
+        return False
     wait_profiler = None
     waits_are_noted = False
+    return True

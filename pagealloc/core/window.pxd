@@ -13,6 +13,7 @@ from pagealloc.core.window_view cimport WindowView
 cdef class Window:
     cdef readonly ExtentStore store
     cdef window_t *pages
+    cdef readonly int64_t noted_bytes    # committed while blocks were noted: what heap profiles saw
     cdef object __weakref__
 
     cdef char *memory(self) noexcept

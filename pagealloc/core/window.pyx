@@ -34,7 +34,7 @@ from pagealloc.core.extent_pages cimport (
 )
 from pagealloc.core.extents cimport ExtentStore
 from pagealloc.core.interval_map cimport imap_next, interval_t
-from pagealloc.core.noted cimport blocks_are_noted, note_pages, observed
+from pagealloc.core.noted cimport blocks_are_noted, note_growth, observed
 from pagealloc.core.os_memory cimport os_huge_page_bytes
 from pagealloc.core.os_pages cimport os_huge_bytes
 from pagealloc.core.remap cimport (
@@ -156,17 +156,19 @@ cdef class Window:
             The budget or the kernel refused: everything is as it was before.
         ClosedError, ForkedError
         """
-        cdef int64_t first_page = 0, n_pages = 0, committed_bytes = 0
+        cdef int64_t first_page = 0, n_pages = 0, before_bytes = -1, more_bytes
         cdef int code
         self.find(offset, nbytes, False, &first_page, &n_pages)
         if observed(blocks_are_noted):
-            committed_bytes = self.committed_bytes
+            before_bytes = self.committed_bytes
         with nogil:
             code = window_commit(self.pages, first_page, n_pages)
         if code:
             self.require(code, "commit", offset, nbytes)
-        if observed(blocks_are_noted):
-            note_pages(self, self.committed_bytes - committed_bytes)
+        if before_bytes >= 0:
+            more_bytes = max(self.committed_bytes - before_bytes, 0)
+            self.noted_bytes += more_bytes
+            note_growth(self, more_bytes, 1)
 
     def release(self, offset: int, nbytes: int) -> None:
         """Drop this window's committed pages in a range of whole pages.

@@ -1,7 +1,8 @@
 """All KV caches of the process that are open, for who shows what they hold.
 
 Locking
-    A dict of weak references, each change of which is one step, as is a copy of it.
+    A dict of weak references, each change of which is one step, as is dict.copy() of it: other
+    copies make objects on the way, which may start a collection, in which references die.
 """
 
 from __future__ import annotations
@@ -29,5 +30,5 @@ def open_caches() -> list[tuple[int, KVCache]]:
 
     They are numbered in the order they were made, from 0 on.
     """
-    numbered = [(number, cache_ref()) for cache_ref, number in tuple(_caches.items())]
+    numbered = [(number, cache_ref()) for cache_ref, number in _caches.copy().items()]
     return [(number, cache) for number, cache in numbered if cache is not None and not cache.closed]

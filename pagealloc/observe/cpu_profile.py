@@ -10,7 +10,7 @@ Structure
                                           \--> sys._current_frames: Python stacks --> Profile
 Invariants
     what the profile adds up to is the CPU time of all threads, but for what each spent since it was
-    last noted (less than half a period), and for threads that lived shorter than a period
+    last noted: less than half a period, or less than two where the thread has ended
 Locking
     stacks.lock
 Units
@@ -38,6 +38,7 @@ from pagealloc.observe.thread_capture import capture_threads, install_capture, t
 
 if TYPE_CHECKING:
     from pagealloc.observe.profiles import Stack
+    from pagealloc.observe.stacks import Calls
 
 __all__ = ["CPUProfiler"]
 
@@ -98,17 +99,25 @@ class CPUProfiler:
             if error:
                 raise OSError(error, f"no CPU profiles here: {os.strerror(error)}")
             CPUProfiler._running = self
-        self._code.refresh()
+        try:
+            self._code.refresh()
+            self._thread.start()
+        except BaseException:
+            self._let_others()
+            raise
         self._started_ns = time.monotonic_ns()
-        self._thread.start()
 
     def stop(self) -> None:
         """Look no more."""
         self._is_stopped.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
+        self._let_others()
+
+    def _let_others(self) -> None:
         with lock:
-            CPUProfiler._running = None
+            if CPUProfiler._running is self:
+                CPUProfiler._running = None
 
     def _sample(self) -> None:
         own_tid = threading.get_native_id()
@@ -119,20 +128,17 @@ class CPUProfiler:
             found = capture_threads(tids, spent_ns, self.period_ns)
             if not found:
                 continue
-            frames = sys._current_frames()  # noqa: SLF001  # there is no other way to them
             idents = {thread.native_id: thread.ident for thread in threading.enumerate()}
+            calls_of = _calls_of_threads()
             with lock:
                 for tid, cpu_ns, addresses in found:
-                    frame = frames.get(idents.get(tid) or 0)
-                    stack = frames_of(stack_of(frame)) if frame else NATIVE_THREAD
+                    stack = frames_of(calls_of.get(idents.get(tid) or 0, ())) or NATIVE_THREAD
                     inside = self._code.pagealloc_frame(addresses)
                     if inside is not None:
                         stack = (inside, *stack)
                     values = self._samples.setdefault(stack, [0, 0])
                     values[0] += 1
                     values[1] += cpu_ns
-            # What they refer to would live until the next ones; this thread's own refers to them.
-            del frames, frame
 
     def profile(self) -> Profile:
         """Return what was seen so far."""
@@ -140,9 +146,26 @@ class CPUProfiler:
         found.time_ns = time.time_ns()
         found.duration_ns = time.monotonic_ns() - self._started_ns
         with lock:
-            for stack, values in self._samples.items():
+            for stack, values in self._samples.copy().items():
                 found.add(stack, list(values))
         return found
+
+
+def _forget_running() -> None:
+    """Let a child of fork(), which has no thread that samples, take a profile of its own."""
+    CPUProfiler._running = None  # noqa: SLF001  # this room's own
+
+
+os.register_at_fork(after_in_child=_forget_running)
+
+
+def _calls_of_threads() -> dict[int, Calls]:
+    """Return the calls of each thread, and keep no frame: its variables would live as long.
+
+    There is no other way to them.  A variable would keep them until the next collection: this
+    thread's own frame, which has it, is one of them.
+    """
+    return {ident: stack_of(frame) for ident, frame in sys._current_frames().items()}  # noqa: SLF001
 
 
 def _tids() -> list[int]:

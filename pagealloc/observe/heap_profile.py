@@ -10,9 +10,9 @@ Structure
                                                \--> by block: live until its weak reference dies
 Invariants
     what is live of a stack is the sum of the weights of its blocks that were not closed; of a
-    window at most what it has committed now
+    window, and of a Buffer that was made shorter, the share that it still has
 Locking
-    stacks.lock
+    stacks.lock; none where a weak reference dies, for that may be wherever others hold their locks
 Units
     Bytes; a weight is how many blocks a noted one stands for.
 Source
@@ -29,7 +29,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pagealloc import Window
+from pagealloc import Buffer, Window
 from pagealloc.core import noted
 from pagealloc.observe.profiles import Profile, ValueType
 from pagealloc.observe.stacks import frames_of, lock, stack_of
@@ -51,11 +51,13 @@ VALUE_TYPES = (
 
 @dataclass(slots=True)
 class _Noted:
-    """What was noted of one block: a Buffer or Batch once, a Window each time it has grown."""
+    """What was noted of one block: once, and of Buffers and Windows some times they have grown."""
 
     reference: weakref.ref[Any]
-    samples: list[tuple[Calls, float, float]]
-    """Stack, blocks and bytes that it stands for."""
+    by_stack: dict[Calls, tuple[float, float]]
+    """Blocks and bytes that it stands for."""
+    nbytes: int
+    """Of itself, in all that was noted."""
 
     def live_share(self) -> float:
         """Return how much of it is live, 0 to 1."""
@@ -63,7 +65,9 @@ class _Noted:
         if block is None or block.closed:
             return 0.0
         if isinstance(block, Window):
-            return min(1.0, block.committed_bytes / sum(nbytes for *_, nbytes in self.samples))
+            return min(1.0, block.committed_bytes / block.noted_bytes)
+        if isinstance(block, Buffer):
+            return min(1.0, block.nbytes / self.nbytes)
         return 1.0
 
 
@@ -100,22 +104,22 @@ class HeapProfiler:
         RuntimeError
             Another one is running: allocations are noted for one at a time.
         """
-        self._started_ns = time.monotonic_ns()
         noted.start_heap_profile(self._note, self.period_bytes)
+        self._started_ns = time.monotonic_ns()
 
     def stop(self) -> None:
         """Note no more allocations; what is live is followed on."""
-        noted.stop_heap_profile()
+        noted.stop_heap_profile(self._note)
 
     def _note(self, block: Block, nbytes: int, n_parts: int) -> None:
         # What is noted costs Python's own memory, hence only what was picked gets so far.
         weight = 1.0 if self.period_bytes == 1 else 1 / -math.expm1(-nbytes / self.period_bytes)
-        calls = stack_of(sys._getframe(1))  # noqa: SLF001  # there is no other way to it
+        # There is no other way to it; a thread that runs native code alone has no caller's frame.
+        calls = stack_of(sys._getframe().f_back)  # noqa: SLF001
         key = id(block)
 
         def forget(_: object) -> None:
-            with lock:
-                self._noted.pop(key, None)
+            self._noted.pop(key, None)
 
         with lock:
             allocated = self._allocated.setdefault(calls, [0.0, 0.0])
@@ -123,21 +127,28 @@ class HeapProfiler:
             allocated[1] += weight * nbytes
             known = self._noted.get(key)
             if known is None or known.reference() is not block:
-                known = self._noted[key] = _Noted(weakref.ref(block, forget), [])
-            known.samples.append((calls, weight * n_parts, weight * nbytes))
+                known = self._noted[key] = _Noted(weakref.ref(block, forget), {}, 0)
+            n_blocks, so_far = known.by_stack.get(calls, (0.0, 0.0))
+            known.by_stack[calls] = n_blocks + weight * n_parts, so_far + weight * nbytes
+            known.nbytes += nbytes
 
     def profile(self) -> Profile:
         """Return what was allocated since the start, and what of it is live."""
         found = Profile(VALUE_TYPES, ValueType("space", "bytes"), self.period_bytes)
         found.time_ns = time.time_ns()
         found.duration_ns = time.monotonic_ns() - self._started_ns
+        live: dict[Calls, list[float]] = {}
         with lock:
-            values = {calls: [*counted, 0.0, 0.0] for calls, counted in self._allocated.items()}
-            for block in tuple(self._noted.values()):
+            # Copies, each made in one step: a collection meanwhile may free what was noted, and run
+            # code that allocates.  What is live first: all of it is in what was allocated.
+            for block in self._noted.copy().values():
                 share = block.live_share()
-                for calls, n_blocks, nbytes in block.samples:
-                    values[calls][2] += share * n_blocks
-                    values[calls][3] += share * nbytes
-        for calls, each in values.items():
-            found.add(frames_of(calls), [round(value) for value in each])
+                for calls, (n_blocks, nbytes) in block.by_stack.copy().items():
+                    of_stack = live.setdefault(calls, [0.0, 0.0])
+                    of_stack[0] += share * n_blocks
+                    of_stack[1] += share * nbytes
+            allocated = self._allocated.copy()
+        for calls, counted in allocated.items():
+            values = (*counted, *live.get(calls, (0.0, 0.0)))
+            found.add(frames_of(calls), [round(value) for value in values])
         return found

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["NativeCode"]
 
 PACKAGE_FOLDER = Path(pagealloc.__file__).resolve().parent
-RUNTIME = re.compile(r"/(libc|libm|libpthread|ld-linux|libgcc_s|libasan|libtsan)\b|^\[v")
+RUNTIME = re.compile(r"/(libc|libm|libpthread|ld-linux|ld-musl|libgcc_s|libasan|libtsan)\b|^\[v")
 """Whoever called these is what a thread is in."""
 
 
@@ -32,7 +32,7 @@ class NativeCode:
         self._ranges: list[tuple[int, int, str]] = []
 
     def file_at(self, address: int) -> str | None:
-        """Return the file whose code lies at an address; None: it is no code."""
+        """Return the file whose code lies at an address; "": no file's; None: it is no code."""
         at = bisect_right(self._starts, address) - 1
         if at >= 0 and address < self._ranges[at][1]:
             return self._ranges[at][2]
@@ -43,9 +43,9 @@ class NativeCode:
         found = []
         for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
             fields = line.split(maxsplit=5)
-            if len(fields) == 6 and "x" in fields[1]:
+            if "x" in fields[1]:  # of a file, or made by a JIT compiler
                 start, end = (int(part, 16) for part in fields[0].split("-"))
-                found.append((start, end, fields[5]))
+                found.append((start, end, fields[5] if len(fields) == 6 else ""))
         self._ranges = found
         self._starts = [start for start, *_ in found]
 

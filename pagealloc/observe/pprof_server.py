@@ -15,11 +15,12 @@ Source
 from __future__ import annotations
 
 import hmac
+import os
 import secrets
 import sys
-import time
+import threading
 from typing import TYPE_CHECKING, Self
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from pagealloc.observe.cpu_profile import CPUProfiler
 from pagealloc.observe.flamegraph import flame_graph
@@ -84,12 +85,13 @@ class ProfilesApp:
             heap.stop()
             raise
         self._since_start: dict[str, Profiler] = {"heap": heap, "mutex": waits}
+        self._is_closed = threading.Event()
 
     def close(self) -> None:
-        """Profile no more.  A second call does nothing."""
+        """Profile no more; what is being profiled ends now.  A second call does nothing."""
+        self._is_closed.set()
         for profiler in self._since_start.values():
             profiler.stop()
-        self._since_start = {}
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request."""
@@ -100,7 +102,7 @@ class ProfilesApp:
             name = environ.get("PATH_INFO", "").removeprefix(PREFIX)
             headers.append(("Content-Disposition", f'attachment; filename="{name}.pb.gz"'))
         start_response(status, headers)
-        return [body]
+        return [] if environ.get("REQUEST_METHOD") == "HEAD" else [body]
 
     def _answer(self, environ: WSGIEnvironment) -> tuple[str, str, bytes]:
         if environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
@@ -123,7 +125,7 @@ class ProfilesApp:
         except (OSError, RuntimeError) as error:
             return _text("409 Conflict", str(error))
         if query.get("html", [""])[-1] == "1":
-            page = flame_graph(profile, f"{name}, process {environ.get('SERVER_NAME', '')}")
+            page = flame_graph(profile, f"{name}, process {os.getpid()}")
             return "200 OK", "text/html; charset=utf-8", page.encode()
         return "200 OK", "application/octet-stream", to_pprof(profile)
 
@@ -133,11 +135,13 @@ class ProfilesApp:
         return hmac.compare_digest(shown.encode("utf-8", "replace"), self._token)
 
     def _profile(self, name: str, seconds: float | None) -> Profile:
+        if self._is_closed.is_set():
+            raise RuntimeError("these profiles are closed")
         if name == "profile":
             profiler = CPUProfiler()
             profiler.start()
             try:
-                time.sleep(CPU_SECONDS if seconds is None else seconds)
+                self._is_closed.wait(CPU_SECONDS if seconds is None else seconds)
             finally:
                 profiler.stop()
             return profiler.profile()
@@ -145,7 +149,7 @@ class ProfilesApp:
         if seconds is None:
             return profiler_since_start.profile()
         before = profiler_since_start.profile()
-        time.sleep(seconds)
+        self._is_closed.wait(seconds)
         return profiler_since_start.profile().minus(before)
 
 
@@ -166,11 +170,12 @@ class ProfileServer:
             self._app.close()
             raise
         host = f"[{addr}]" if ":" in addr else addr
-        self.url = f"http://{host}:{self._server.server_port}{PREFIX}?token={token}"
+        self.url = f"http://{host}:{self._server.server_port}{PREFIX}?token={quote(token, safe='')}"
 
     def close(self) -> None:
         """End the server and its profilers.  A second call does nothing."""
-        self._server.shutdown()
+        if self._thread.is_alive():  # a forked child does not have it, and would wait for ever
+            self._server.shutdown()
         self._server.server_close()
         self._app.close()
 
@@ -203,10 +208,13 @@ def start_profile_server(
     ------
     OSError
         The port is taken.
+    ValueError
+        The token is empty.
     RuntimeError
         The heap or contention is being profiled already.
     """
-    server = ProfileServer(port, addr, token or secrets.token_urlsafe(24))
+    shown = secrets.token_urlsafe(24) if token is None else token
+    server = ProfileServer(port, addr, shown)
     if token is None:
         print(f"pagealloc: profiles at {server.url}", file=sys.stderr, flush=True)
     return server

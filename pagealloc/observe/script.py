@@ -6,9 +6,10 @@ Source
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
-import traceback
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ def run_script(
     arguments : sequence of str
         What the script finds in ``sys.argv[1:]``.
     at_end : callable
-        Called without arguments, also if the script raised or ended itself by ``sys.exit()``.
+        Called without arguments, also if the script raised or ended itself by ``sys.exit()``, once
+        the threads that are no daemons have ended.  Not in a child that the script has forked.
     is_module : bool
 
     Returns
@@ -46,8 +48,10 @@ def run_script(
     if not is_module and not Path(script).exists():
         raise FileNotFoundError(f"there is no script {script!r}")
     argv, path = sys.argv, list(sys.path)
+    pid, threads = os.getpid(), set(threading.enumerate())
     sys.argv = [script, *arguments]
-    sys.path[0] = str(Path.cwd() if is_module else Path(script).resolve().parent)
+    if not sys.flags.safe_path:
+        sys.path[0] = str(Path.cwd() if is_module else Path(script).resolve().parent)
     kept: object = None
     code = 0
     try:
@@ -69,11 +73,22 @@ def run_script(
         code = 1
     finally:
         try:
-            at_end()
+            if os.getpid() == pid:
+                _end(threads, at_end)
         finally:
             del kept
             sys.argv, sys.path[:] = argv, path
     return code
+
+
+def _end(threads_before: set[threading.Thread], at_end: Callable[[], Any]) -> None:
+    """Wait for the script's threads, as Python does at exit, and have the end told."""
+    try:
+        for thread in set(threading.enumerate()) - threads_before:
+            if not thread.daemon:
+                thread.join()
+    finally:
+        at_end()
 
 
 def _exit_code(code: object) -> int:
@@ -90,4 +105,4 @@ def _print_error(error: BaseException) -> None:
     while stack is not None and stack.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
         stack = stack.tb_next
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, stack
-    traceback.print_exception(type(error), error, stack)
+    sys.excepthook(type(error), error.with_traceback(stack), stack)

@@ -1,8 +1,8 @@
 """Stacks of Python calls, as samplers note them, and the lock that guards what they note.
 
 Locking
-    lock: reentrant, for a garbage collection in the middle of a note may run callbacks that take
-    it.  fork() waits for it, so that a child finds everything noted or not begun.
+    lock: reentrant, for a garbage collection in the middle of a note may run code that allocates.
+    fork() waits for it, so that a child finds everything noted or not begun.
 Units
     Lines.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pagealloc.observe.profiles import Frame
 
 if TYPE_CHECKING:
-    from types import CodeType, FrameType
+    from types import FrameType
 
     from pagealloc.observe.profiles import Stack
 
@@ -28,8 +28,11 @@ MAX_CALLS = 128
 SCRIPT_RUNNER = "<frozen runpy>"
 """Who called a script is nobody the script's author wants to see."""
 
-Calls = tuple[tuple["CodeType", int], ...]
-"""Code and line of each call, the innermost first: what costs least to note."""
+Calls = tuple[tuple[str, str, int], ...]
+"""Name, file and line of each call, the innermost first.
+
+Code objects would be kept alive, and those of two files may be equal.
+"""
 
 lock = threading.RLock()
 os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
@@ -37,23 +40,22 @@ os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_
 
 def stack_of(frame: FrameType | None) -> Calls:
     """Return a frame and its callers."""
-    calls: list[tuple[CodeType, int]] = []
+    calls: list[tuple[str, str, int]] = []
     while frame is not None and len(calls) < MAX_CALLS:
         code = frame.f_code
         if code.co_filename == SCRIPT_RUNNER:
             break
-        calls.append((code, frame.f_lineno or code.co_firstlineno))
+        line = frame.f_lineno or code.co_firstlineno
+        calls.append((code.co_qualname, code.co_filename, line))
         frame = frame.f_back
     return tuple(calls)
 
 
 def frames_of(calls: Calls) -> Stack:
     """Return calls as a profile has them."""
-    return tuple(Frame(_name(code), code.co_filename, line) for code, line in calls)
+    return tuple(Frame(_name(name, file), file, line) for name, file, line in calls)
 
 
-def _name(code: CodeType) -> str:
+def _name(name: str, file: str) -> str:
     """Return a function's name; pprof would drop what stands in angle brackets only."""
-    if code.co_qualname == "<module>":
-        return f"{PurePath(code.co_filename).stem} (module)"
-    return code.co_qualname
+    return f"{PurePath(file).stem} (module)" if name == "<module>" else name

@@ -38,7 +38,7 @@ def capture_threads(tids, spent_ns, period_ns: int) -> list:
     tids : list of int
         Threads, as the kernel numbers them.
     spent_ns : dict of int to int
-        What each had spent when it was last reported; of others all is told.  It is updated.
+        What each had spent when it was last reported; of others all is told.  It is updated, and loses those not in `tids`.
     period_ns : int
         How long to wait; a thread that has spent less than half of it is left for later.
 
@@ -70,6 +70,8 @@ def capture_threads(tids, spent_ns, period_ns: int) -> list:
                 if after[i] - before[i] >= least_ns:
                     is_there[i] = capture_thread(threads[i], words + i * n_words)
         found = []
+        for tid in spent_ns.keys() - set(tids):
+            del spent_ns[tid]       # it has ended, and its number may come again
         for i in range(n):
             if after[i] < 0:
                 spent_ns.pop(threads[i], None)

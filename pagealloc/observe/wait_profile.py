@@ -31,7 +31,7 @@ __all__ = ["WaitProfiler"]
 VALUE_TYPES = (ValueType("contentions", "count"), ValueType("delay", "nanoseconds"))
 
 ELSEWHERE = (Frame("(threads without a Python stack)", "pagealloc"),)
-"""Native threads, the purger's among them, and what is freed while nobody looks at it."""
+"""Native threads, the purger's among them; NumPy's handler and the C API in any thread."""
 
 
 class WaitProfiler:
@@ -56,20 +56,22 @@ class WaitProfiler:
         RuntimeError
             Another one is running.
         """
-        self._started_ns = time.monotonic_ns()
         noted.start_wait_profile(self._note)
         self._before = lock_wait_counts()
+        self._after = None
+        self._started_ns = time.monotonic_ns()
 
     def stop(self) -> None:
         """Note nothing more."""
-        noted.stop_wait_profile()
-        self._after = lock_wait_counts()
+        if noted.stop_wait_profile(self._note):
+            self._after = lock_wait_counts()
 
-    def _note(self, waited_ns: int) -> None:
-        calls = stack_of(sys._getframe(1))  # noqa: SLF001  # there is no other way to it
+    def _note(self, n_waits: int, waited_ns: int) -> None:
+        # There is no other way to it; a thread that runs native code alone has no caller's frame.
+        calls = stack_of(sys._getframe().f_back)  # noqa: SLF001
         with lock:
             values = self._waits.setdefault(calls, [0, 0])
-            values[0] += 1
+            values[0] += n_waits
             values[1] += waited_ns
 
     def profile(self) -> Profile:
@@ -78,8 +80,8 @@ class WaitProfiler:
         found.time_ns = time.time_ns()
         found.duration_ns = time.monotonic_ns() - self._started_ns
         with lock:
-            for calls, values in self._waits.items():
-                found.add(frames_of(calls), list(values))
+            for calls, values in self._waits.copy().items():
+                found.add(frames_of(calls) or ELSEWHERE, list(values))
         counted = self._after or lock_wait_counts()
         rest = [counted[at] - self._before[at] - found.total(at) for at in range(2)]
         if rest[1] > 0:

@@ -101,6 +101,8 @@ def test_usage(tmp_path, monkeypatch, capfd):
     assert "which script?" in capfd.readouterr().err
     assert main(["profile", "none.py"]) == 1
     assert "there is no script 'none.py'" in capfd.readouterr().err
+    for _ in range(2):  # the server of the first is not left running
+        assert main(["profile", "--serve", "0", "none.py"]) == 1
     (tmp_path / "empty.py").touch()
     assert main(["profile", "--period", "much", "empty.py"]) == 2
     assert "period" in capfd.readouterr().err

@@ -1,11 +1,14 @@
 """The CPU profiler: CPU time by stack, inside pagealloc marked, its own thread left out."""
 
+import mmap
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from pagealloc import PageAllocator
 from pagealloc.observe import profile
 from pagealloc.observe.cpu_profile import CPUProfiler
 from pagealloc.observe.native_code import NativeCode
+from pagealloc.observe.thread_capture import capture_threads
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's thread clocks")
 
@@ -91,8 +95,13 @@ def test_time_inside_pagealloc_is_marked():
 
 
 def test_one_at_a_time_and_again():
-    with profile("cpu"), pytest.raises(RuntimeError, match="stop that profile first"):
-        profile("cpu").start()
+    with profile("cpu"):
+        refused = profile("cpu")
+        with pytest.raises(RuntimeError, match="stop that profile first"):
+            refused.start()
+        refused.stop()
+        with pytest.raises(RuntimeError, match="stop that profile first"):
+            profile("cpu").start()
     with profile("cpu", period_ns=2_000_000) as p:
         burn(0.1)
     assert p.profile.total() > 0
@@ -144,3 +153,65 @@ def test_whose_code():
     code.refresh()
     assert code.file_at(0) is None
     assert code.file_at(1 << 63) is None
+
+
+def test_one_that_cannot_start_is_in_nobodys_way():
+    p = profile("cpu")
+    with p:
+        pass
+    with pytest.raises(RuntimeError, match="only be started once"):
+        p.start()
+    with profile("cpu"):
+        pass
+
+
+def test_threads_that_ended_are_forgotten():
+    """Their numbers come again, and a server has many."""
+    spent_ns = {1 << 30: 5, threading.get_native_id(): 0}
+    capture_threads([threading.get_native_id()], spent_ns, 1)
+    assert 1 << 30 not in spent_ns
+
+
+def test_a_forked_child_takes_its_own():
+    with profile("cpu"):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                with profile("cpu", period_ns=1_000_000) as p:
+                    burn(0.1)
+                code = 0 if p.profile.total() else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_script_that_takes_the_signal_back_lives():
+    """The default would end the process."""
+    script = (
+        "import signal, time; from pagealloc.observe import profile\n"
+        "with profile('cpu', period_ns=1_000_000) as p:\n"
+        "    signal.signal(signal.SIGPROF, signal.SIG_DFL)\n"
+        "    while time.thread_time() < 0.5: sum(range(1000))\n"
+        "print(p.profile.total() > 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n"
+
+
+def test_code_of_no_file(monkeypatch):
+    """A JIT compiler's is known too: the mappings are not read at each look."""
+    code = NativeCode()
+    with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_EXEC) as mapping:
+        start = next(
+            int(line.split("-")[0], 16)
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if "r-x" in line and ("/dev/zero" in line or len(line.split()) == 5)
+        )
+        assert code.pagealloc_frame([start]) is None
+        monkeypatch.setattr(code, "refresh", lambda: pytest.fail("read again"))
+        assert code.file_at(start) is not None
+        assert code.pagealloc_frame([start]) is None
+        assert len(mapping) == mmap.PAGESIZE

@@ -1,8 +1,10 @@
 """The heap profiler: what it notes, what of it is live, and what it stands for."""
 
+import _thread
 import gc
 import os
 import threading
+import time
 
 import pytest
 
@@ -11,6 +13,7 @@ from pagealloc.core import noted
 from pagealloc.observe import profile
 from pagealloc.observe.heap_profile import HeapProfiler
 from pagealloc.observe.profiles import Profile
+from pagealloc.observe.stacks import lock
 
 ALLOC_OBJECTS, ALLOC_BYTES, LIVE_OBJECTS, LIVE_BYTES = range(4)
 MIB = 1 << 20
@@ -95,8 +98,10 @@ def test_nothing_before_and_after(allocator):
 
 def test_one_at_a_time(allocator):
     with profile("heap", period=1) as first:
+        refused = profile("heap")
         with pytest.raises(RuntimeError, match="stop that profile first"):
-            profile("heap").start()
+            refused.start()
+        refused.stop()
         kept(allocator, 1, 100)
     assert first.profile.total(ALLOC_OBJECTS) == 1, "the refused one took it away"
     with profile("heap", period=1) as second:
@@ -159,6 +164,106 @@ def test_a_profiler_that_raises_is_told_to_who_allocates(allocator):
         with pytest.raises(KeyError, match="planted"):
             allocator.alloc(100)
     finally:
-        noted.stop_heap_profile()
+        noted.stop_heap_profile(fail)
     allocator.check()
     assert allocator.stats().n_live == 0
+
+
+def test_small_commits_stand_for_all():
+    """What one page of a window stands for is live, as long as that window has it."""
+    page_bytes, n_windows = page_size_bytes(), 3000
+    with ExtentStore() as store, profile("heap", period=16 * page_bytes) as p:
+        windows = [Window(store, page_bytes) for _ in range(n_windows)]
+        for window in windows:
+            window.commit(0, page_bytes)
+        live_bytes = p.profile.total(LIVE_BYTES)
+        assert live_bytes == p.profile.total(ALLOC_BYTES)
+        assert live_bytes == pytest.approx(n_windows * page_bytes, rel=0.5)
+        for window in windows:
+            window.close()
+        assert p.profile.total(LIVE_BYTES) == 0
+
+
+def test_a_window_that_comes_and_goes_takes_no_more_memory():
+    page_bytes = page_size_bytes()
+    profiler = HeapProfiler(1)
+    with ExtentStore() as store:
+        window = Window(store, page_bytes)
+        profiler.start()
+        try:
+            for _ in range(50):
+                window.commit(0, page_bytes)
+                window.release(0, page_bytes)
+            window.commit(0, page_bytes)
+        finally:
+            profiler.stop()
+        assert profiler.profile().total(ALLOC_BYTES) == 51 * page_bytes
+        assert profiler.profile().total(LIVE_BYTES) == page_bytes
+        assert sum(len(known.by_stack) for known in profiler._noted.values()) <= 2
+        window.close()
+
+
+def test_buffers_made_longer_and_shorter(allocator):
+    with profile("heap", period=1) as p:
+        buffer = allocator.alloc(1000)
+        buffer.resize(5000)
+        assert p.profile.total(ALLOC_BYTES) == p.profile.total(LIVE_BYTES) == 5000
+        assert p.profile.total(LIVE_OBJECTS) == 1
+        buffer.resize(500)
+        assert p.profile.total(LIVE_BYTES) == 500
+    buffer.close()
+
+
+def test_a_thread_without_python_frames(allocator):
+    with profile("heap", period=1) as p:
+        _thread.start_new_thread(allocator.alloc, (5000,))
+        for _ in range(1000):
+            if p.profile.total(ALLOC_OBJECTS):
+                break
+            time.sleep(0.01)
+    assert p.profile.samples[()][:2] == [1, 5000]
+
+
+def test_equal_functions_of_two_files_are_two(allocator):
+    text = "def take(allocator): return allocator.alloc(100)"
+    with profile("heap", period=1) as p:
+        for file in ("one.py", "other.py"):
+            names: dict = {}
+            exec(compile(text, file, "exec"), names)
+            names["take"](allocator).close()
+    assert {stack[0].file for stack in p.profile.samples} == {"one.py", "other.py"}
+
+
+def test_a_block_dies_while_others_hold_the_lock(allocator):
+    """Who holds a lock of its own while it frees must not wait for one of the profiler's."""
+    with profile("heap", period=1):
+        buffers = [allocator.alloc(100)]
+        thread = threading.Thread(target=buffers.clear)
+        with lock:
+            thread.start()
+            thread.join(timeout=20)
+            assert not thread.is_alive()
+
+
+def test_code_that_allocates_amid_a_profile(allocator):
+    """A collection may run it at any moment; here the sum of live shares does."""
+    kept_blocks = []
+
+    with profile("heap", period=1) as p:
+        kept_blocks += kept(allocator, 3, 100)
+        profiler = p._profiler
+        live_share = type(next(iter(profiler._noted.values()))).live_share
+
+        def share_and_allocate(known):
+            exec(compile("take()", f"file{len(kept_blocks)}", "exec"), {"take": take})
+            return live_share(known)
+
+        def take():
+            kept_blocks.append(allocator.alloc(100))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pagealloc.observe.heap_profile._Noted.live_share", share_and_allocate)
+            found = p.profile
+    assert found.total(LIVE_BYTES) == 300
+    assert found.total(ALLOC_BYTES) == 600
+    kept_blocks.clear()

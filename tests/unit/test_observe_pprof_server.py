@@ -1,8 +1,10 @@
 """Profiles by HTTP: who may have them, which there are, and that nothing is left running."""
 
+import os
 import threading
 import urllib.error
 import urllib.request
+from contextlib import closing
 
 import pytest
 
@@ -128,3 +130,42 @@ def test_nothing_is_left_running():
 def test_an_empty_token_is_no_token():
     with pytest.raises(ValueError, match="anybody would be let in"):
         ProfilesApp("")
+    with pytest.raises(ValueError, match="anybody would be let in"):
+        start_profile_server(token="")
+
+
+def test_a_token_of_any_letters():
+    with start_profile_server(token="a+b&c=ü d") as server:
+        assert ask(server.url)[0] == 200
+
+
+def test_head_has_no_body():
+    environ = {"REQUEST_METHOD": "HEAD", "PATH_INFO": "/debug/pprof/", "QUERY_STRING": "token=a"}
+    with closing(ProfilesApp("a")) as app:
+        assert list(app(environ, lambda *_: None)) == []
+
+
+def test_closing_ends_what_is_being_profiled():
+    with closing(ProfilesApp("a")) as app:
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/debug/pprof/profile"}
+        environ["QUERY_STRING"] = "token=a&seconds=600"
+        thread = threading.Thread(target=app, args=(environ, lambda *_: None))
+        thread.start()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    statuses = []
+    app(environ, lambda status, _: statuses.append(status))
+    assert statuses == ["409 Conflict"]
+
+
+def test_a_forked_child_can_close_it(server):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            server.close()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert ask(at(server, ""))[0] == 200

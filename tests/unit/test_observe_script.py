@@ -1,6 +1,7 @@
 """run_script(): as ``python SCRIPT`` would, with something to do at its end."""
 
 import builtins
+import subprocess
 import sys
 
 import pytest
@@ -80,3 +81,41 @@ def test_modules(tmp_path, monkeypatch, capfd):
 def test_no_such_script(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no script"):
         run(str(tmp_path / "none.py"))
+
+
+def test_threads_of_the_script_end_first(write):
+    """As Python waits for those that are no daemons before it ends."""
+    script = write(
+        "import builtins, threading, time\n"
+        "def work():\n"
+        "    time.sleep(0.1)\n"
+        "    builtins.planted = True\n"
+        "threading.Thread(target=work).start()\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+    )
+    seen = []
+    run_script(script, [], lambda: seen.append(hasattr(builtins, "planted")))
+    assert seen == [True]
+    del builtins.planted
+
+
+def test_a_forked_child_does_not_tell_the_end(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, sys\npid = os.fork()\nif pid == 0: sys.exit(0)\nos.waitpid(pid, 0)\n"
+    )
+    runner = (
+        "import sys; from pagealloc.observe.script import run_script\n"
+        "sys.exit(run_script('script.py', [], lambda: print('the end', flush=True)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", runner], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "the end\n"
+
+
+def test_the_excepthook_of_the_script(write, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    script = write("import sys\nsys.excepthook = lambda *e: sys.planted.append(e[0])\n1 / 0\n")
+    monkeypatch.setattr(sys, "planted", [], raising=False)
+    assert run(script) == (1, 1)
+    assert sys.planted == [ZeroDivisionError]

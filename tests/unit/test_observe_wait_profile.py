@@ -45,6 +45,7 @@ def test_waits_are_counted_and_noted_by_stack():
     assert after[0] > before[0]
     assert after[1] > before[1]
     assert found.total() >= after[1] - before[1], "what was waited is all in the profile"
+    assert found.total(0) >= after[0] - before[0], "each wait is counted"
     hottest, waited_ns = found.hottest(1)[0]
     assert hottest.function == "fight"
     assert waited_ns > found.total() // 2
@@ -66,6 +67,11 @@ def test_waits_before_it_began_are_not_in_it():
 
 
 def test_one_at_a_time():
-    with profile("contention"), pytest.raises(RuntimeError, match="stop that profile first"):
-        profile("contention").start()
+    with profile("contention"):
+        refused = profile("contention")
+        with pytest.raises(RuntimeError, match="stop that profile first"):
+            refused.start()
+        refused.stop()
+        with pytest.raises(RuntimeError, match="stop that profile first"):
+            refused.start()
     profile("contention").start().stop()
