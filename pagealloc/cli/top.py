@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import math
 import os
 import select
 import signal
@@ -235,7 +236,10 @@ def _command_line(pid: int) -> str:
 
 
 def _interval_s(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not LEAST_INTERVAL_S <= value <= 3600:
         raise argparse.ArgumentTypeError(f"{text} is not between {LEAST_INTERVAL_S} and 3600")
     return value

@@ -34,6 +34,6 @@ def require_extra(module_name: str) -> Any:
         if (missing.name or "").partition(".")[0] != module_name.partition(".")[0]:
             raise
         raise DemoError(
-            f"the demo needs the package {module_name!r}, which is not installed. "
+            f"this needs the package {module_name.partition('.')[0]!r}, which is not installed. "
             "Install it with: pip install 'pagealloc[demo]'"
         ) from missing

@@ -40,6 +40,12 @@ __all__ = ["ProfileServer", "ProfilesApp", "start_profile_server"]
 
 PREFIX = "/debug/pprof/"
 MAX_SECONDS = 600
+HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("Content-Security-Policy", "frame-ancestors 'none'"),  # the page's own says the rest
+    ("Referrer-Policy", "no-referrer"),  # the token is in the address
+    ("X-Content-Type-Options", "nosniff"),
+]
 CPU_SECONDS = 30
 INDEX = """pagealloc: profiles of this process, each with ?token=TOKEN
 
@@ -97,7 +103,7 @@ class ProfilesApp:
         """Answer one request."""
         status, kind, body = self._answer(environ)
         headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
-        headers += [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
+        headers += HEADERS
         if kind == "application/octet-stream":
             name = environ.get("PATH_INFO", "").removeprefix(PREFIX)
             headers.append(("Content-Disposition", f'attachment; filename="{name}.pb.gz"'))
@@ -162,12 +168,14 @@ class ProfileServer:
         Of the index, with the token.
     """
 
-    def __init__(self, port: int, addr: str, token: str) -> None:
-        self._app = ProfilesApp(token)
+    def __init__(
+        self, app: ProfilesApp, port: int, addr: str, hosts: Iterable[str], token: str
+    ) -> None:
+        self._app = app
         try:
-            self._server, self._thread = serve_in_thread(self._app, port, addr)
+            self._server, self._thread = serve_in_thread(app, port, addr, hosts=hosts)
         except BaseException:
-            self._app.close()
+            app.close()
             raise
         host = f"[{addr}]" if ":" in addr else addr
         self.url = f"http://{host}:{self._server.server_port}{PREFIX}?token={quote(token, safe='')}"
@@ -187,7 +195,12 @@ class ProfileServer:
 
 
 def start_profile_server(
-    port: int = 0, addr: str = "127.0.0.1", *, token: str | None = None
+    port: int = 0,
+    addr: str = "127.0.0.1",
+    *,
+    hosts: Iterable[str] = (),
+    token: str | None = None,
+    heap_period: int | str = "512KiB",
 ) -> ProfileServer:
     """Serve ``/debug/pprof/heap``, ``profile`` and ``mutex`` of this process, in a thread.
 
@@ -197,8 +210,12 @@ def start_profile_server(
         0: any that is free, see ``server.url``.
     addr : str
         This machine alone by default.
+    hosts : iterable of str
+        Names by which clients may ask besides `addr` and those of loopback, see `HostCheck`.
     token : str, optional
         What clients must show; a random one by default, which is printed on stderr.
+    heap_period : int or str
+        Of how many bytes allocated one is picked.
 
     Returns
     -------
@@ -209,12 +226,13 @@ def start_profile_server(
     OSError
         The port is taken.
     ValueError
-        The token is empty.
+        The token is empty, or `heap_period` is no number of bytes.
     RuntimeError
         The heap or contention is being profiled already.
     """
     shown = secrets.token_urlsafe(24) if token is None else token
-    server = ProfileServer(port, addr, shown)
+    app = ProfilesApp(shown, heap_period=heap_period)
+    server = ProfileServer(app, port, addr, hosts, shown)
     if token is None:
         print(f"pagealloc: profiles at {server.url}", file=sys.stderr, flush=True)
     return server
