@@ -2,7 +2,15 @@
 
 import argparse
 
-__all__ = ["positive"]
+__all__ = ["port", "positive"]
+
+
+def port(text: str) -> int:
+    """Return a port to listen at; 0 is any that is free."""
+    value = int(text)
+    if not 0 <= value < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
+    return value
 
 
 def positive(text: str) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pagealloc.cli import CommandError
+from pagealloc.cli.arguments import port
 from pagealloc.units import format_bytes
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--serve",
         metavar="PORT",
-        type=int,
+        type=port,
         help="let go tool pprof look in meanwhile, at /debug/pprof/; 0: any port",
     )
     parser.add_argument(
@@ -76,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the script, or compare two profiles."""
     if args.diff:
+        if args.script is not None:
+            raise ValueError("--diff compares two profiles and runs nothing: leave the script out")
         return _show_difference(args.diff[0], args.diff[1], args.output)
     if args.script is None:
         raise ValueError("which script? pagealloc profile [options] SCRIPT.py [its arguments]")
@@ -89,7 +93,7 @@ def _profile_script(args: argparse.Namespace, kinds: list[str]) -> int:
     from pagealloc.observe.profiling import profile
     from pagealloc.observe.script import run_script
 
-    args.output.mkdir(parents=True, exist_ok=True)
+    _make_folder(args.output)
     options = {"heap": {"period": args.period}}
     profilings = [profile(kind, **options.get(kind, {})) for kind in kinds]
     with ExitStack() as running:
@@ -102,6 +106,13 @@ def _profile_script(args: argparse.Namespace, kinds: list[str]) -> int:
                 _write(profiling.kind, profiling.profile, args.output)
 
         return run_script(args.script, args.arguments, finish, is_module=args.module)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder of what is written; say now, not when the script has run, that it is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CommandError(f"cannot write to {folder}: no permission; -o DIR names another folder")
 
 
 def _serve(args: argparse.Namespace, kinds: list[str]) -> int:
@@ -169,7 +180,7 @@ def _show_difference(first: Path, second: Path, folder: Path) -> int:
             raise CommandError(f"{path}: {error}") from error
     before, after = profiles
     difference = after.minus(before)
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     page = folder / "diff.html"
     title = f"{second} less {first}"
     page.write_text(flame_graph(difference, title, is_difference=True), encoding="utf-8")

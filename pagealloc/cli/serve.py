@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import threading
+from typing import TYPE_CHECKING
 
+from pagealloc.cli.arguments import port
 from pagealloc.cli.top import add_target, find_target
+
+if TYPE_CHECKING:
+    import argparse
 
 __all__ = ["HELP", "NAME", "add_arguments", "run"]
 
@@ -17,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options of this subcommand."""
     add_target(parser)
     parser.add_argument(
-        "--port", type=_port, default=0, help="where to listen (default: any that is free)"
+        "--port", type=port, default=0, help="where to listen (default: any that is free)"
     )
     parser.add_argument(
         "--addr",
@@ -50,10 +54,3 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             return 0
     return 0
-
-
-def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port < 1 << 16:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
-    return port

@@ -21,20 +21,23 @@ def main() -> int:
     """Run what the arguments name; return what it ends with."""
     match sys.argv[1:]:
         case ["-m", module, *rest]:
-            start_feed()  # closed at exit: threads may go on when the script's own lines have ended
-            return run_script(module, rest, _nothing, is_module=True)
+            return _run(module, rest, is_module=True)
         case [script, *rest] if not script.startswith("-"):
-            start_feed()
-            try:
-                return run_script(script, rest, _nothing)
-            except FileNotFoundError as error:
-                print(error, file=sys.stderr)
-                return 2
+            return _run(script, rest, is_module=False)
         case ["-h" | "--help"]:
             print(USAGE)
             return 0
     print(USAGE, file=sys.stderr)
     return 2
+
+
+def _run(script: str, arguments: list[str], *, is_module: bool) -> int:
+    try:
+        start_feed()  # closed at exit: threads may go on when the script's own lines have ended
+        return run_script(script, arguments, _nothing, is_module=is_module)
+    except OSError as error:  # no folder for the feed, or no such script
+        print(error, file=sys.stderr)
+        return 2
 
 
 def _nothing() -> None:

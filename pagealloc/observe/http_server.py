@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["serve_in_thread"]
 
 IDLE_TIMEOUT_S = 30
+MOST_PORT = (1 << 16) - 1
 
 _servers: WeakSet[WSGIServer] = WeakSet()
 
@@ -82,12 +83,30 @@ def serve_in_thread(
     ------
     OSError
         The port is taken, or `addr` is not of this machine.
+    ValueError
+        `port` is not between 0 and 65,535.
 
     Notes
     -----
     A child of ``os.fork()`` has no such thread, and lets go of the port: it serves nothing until it
     calls this again.
     """
+    if not 0 <= port <= MOST_PORT:
+        raise ValueError(f"port={port}: 0, which is any that is free, to {MOST_PORT} are possible")
+    try:
+        server = _listen(port, addr)
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"cannot listen at {addr}, port {port}: {error.strerror}"
+        ) from error
+    _servers.add(server)
+    server.set_app(HostCheck(app, [addr, *hosts]))
+    thread = Thread(target=server.serve_forever, name="pagealloc-http", daemon=True)
+    thread.start()
+    return server, thread
+
+
+def _listen(port: int, addr: str) -> _Server:
     family, *_, address = socket.getaddrinfo(
         addr, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -95,9 +114,4 @@ def serve_in_thread(
     class Server(_Server):
         address_family = family
 
-    server = Server((str(address[0]), port), _Handler)
-    _servers.add(server)
-    server.set_app(HostCheck(app, [addr, *hosts]))
-    thread = Thread(target=server.serve_forever, name="pagealloc-http", daemon=True)
-    thread.start()
-    return server, thread
+    return Server((str(address[0]), port), _Handler)

@@ -23,7 +23,14 @@ from pagealloc.observe.snapshot import take_snapshot
 if TYPE_CHECKING:
     from pagealloc.observe.snapshot import Snapshot
 
-__all__ = ["LatencyTotals"]
+__all__ = ["LATENCY_EDGES", "LatencyTotals"]
+
+LATENCY_EDGES = (
+    *(f"{edge_ns / 1e9:.9g}" for edge_ns in LatencyHistogram.factor_two_edges_ns),
+    "+Inf",
+)
+"""Where buckets end, in seconds, as text.  They are a factor of two wide, from 16 ns to 67 ms: no
+quantile is off by more than that."""
 
 _Groups = dict[tuple[str, int | None], LatencyHistogram]
 

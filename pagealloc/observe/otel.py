@@ -40,7 +40,7 @@ except ModuleNotFoundError as missing:
 
 from pagealloc import LatencyHistogram, __version__
 from pagealloc.observe.core_events import follow_core_events
-from pagealloc.observe.latency_totals import LatencyTotals
+from pagealloc.observe.latency_totals import LATENCY_EDGES, LatencyTotals
 from pagealloc.observe.readings import Metric, described_metrics, readings
 from pagealloc.slow_events import SlowEvent, on_slow_event
 
@@ -51,10 +51,6 @@ __all__ = ["Instrumentor", "instrument"]
 
 BUCKET_NAME = "mem_page_aligned_alloc_latency_bucket"
 SUM_NAME = "mem_page_aligned_alloc_latency_seconds_sum"
-LATENCY_EDGES = (
-    *(f"{edge_ns / 1e9:.9g}" for edge_ns in LatencyHistogram.factor_two_edges_ns),
-    "+Inf",
-)
 
 
 def instrument(

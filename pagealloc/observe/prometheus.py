@@ -36,9 +36,8 @@ except ModuleNotFoundError as missing:
         "Install it with: pip install 'pagealloc[metrics]'"
     ) from missing
 
-from pagealloc import LatencyHistogram
 from pagealloc.observe.http_server import serve_in_thread
-from pagealloc.observe.latency_totals import LatencyTotals
+from pagealloc.observe.latency_totals import LATENCY_EDGES, LatencyTotals
 from pagealloc.observe.readings import described_metrics, readings
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import CollectorRegistry, Metric
 
+    from pagealloc import LatencyHistogram
     from pagealloc.observe.readings import Metric as Reading
 
 __all__ = ["PageallocCollector", "start_http_server"]
@@ -55,11 +55,6 @@ __all__ = ["PageallocCollector", "start_http_server"]
 LATENCY_NAME = "mem_page_aligned_alloc_latency_seconds"
 LATENCY_HELP = "How long sampled allocations took, by size and the NUMA node the thread ran on."
 LATENCY_LABELS = ("size_class", "numa_node")
-LATENCY_EDGES = (
-    *(f"{edge_ns / 1e9:.9g}" for edge_ns in LatencyHistogram.factor_two_edges_ns),
-    "+Inf",
-)
-"""Buckets a factor of two wide, from 16 ns to 67 ms: no quantile is off by more than that."""
 
 
 class PageallocCollector(Collector):

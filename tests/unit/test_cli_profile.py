@@ -1,6 +1,7 @@
 """``pagealloc profile``: files, the hottest lines, differences, errors."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,24 @@ def test_usage(tmp_path, monkeypatch, capfd):
     assert "period" in capfd.readouterr().err
     assert main(["profile", "--serve", "0", "--heap", "empty.py"]) == 2
     assert "--serve profiles on demand" in capfd.readouterr().err
+    assert main(["profile", "--diff", "a.pb.gz", "b.pb.gz", "empty.py"]) == 2
+    assert "leave the script out" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "x"])
+def test_ports_that_are_none(port):
+    with pytest.raises(SystemExit) as stop:
+        main(["profile", f"--serve={port}", "empty.py"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to_is_said_before_the_script_runs(script, capfd):
+    Path("out").mkdir(mode=0o500)
+    assert main(["profile", "--heap", "-o", "out", script, "1", "0"]) == 1
+    told = capfd.readouterr()
+    assert "cannot write to out: " in told.err
+    assert "done" not in told.out
 
 
 def test_a_script_that_fails_is_profiled_all_the_same(script, tmp_path):

@@ -288,7 +288,7 @@ SHOW, LEAVE = "\x1b[?1049h", "\x1b[?1049l"  # the alternate screen
 @pytest.mark.parametrize("key", ["q", "Ctrl-C"])
 def test_a_key_ends_it(fed, key):
     terminal = Terminal(str(fed.pid))
-    terminal.wait_for("allocator 0")
+    terminal.wait_for("allocator 1")
     terminal.type(b"x")
     if key == "q":
         terminal.type(b"q")
@@ -303,13 +303,13 @@ def test_a_key_ends_it(fed, key):
 
 def test_the_last_view_stays_when_the_process_ends(fed):
     terminal = Terminal()
-    terminal.wait_for("allocator 0[\\s\\S]*allocator 0")
+    terminal.wait_for("allocator 1[\\s\\S]*allocator 1")
     fed.stdin.close()
     code, text = terminal.end()
     assert code == 0
     rest = text[text.index(LEAVE) :]
     assert f"process {fed.pid} ended" in rest
-    assert "allocator 0" in rest
+    assert "allocator 1" in rest
 
 
 def test_a_stopped_process_is_waited_for():

@@ -240,6 +240,23 @@ def test_a_script_that_is_not_there(tmp_path):
     assert len(process.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("arguments", [["script.py"], ["-m", "script"]])
+def test_a_feed_that_cannot_be_opened_is_one_line(tmp_path, arguments):
+    (tmp_path / "script.py").write_text("print('it ran')")
+    (tmp_path / "pagealloc").touch()  # where the folder would be
+    process = subprocess.run(
+        [sys.executable, "-m", "pagealloc.observe", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)},
+        timeout=60,
+    )
+    assert (process.returncode, process.stdout) == (2, "")
+    assert len(process.stderr.splitlines()) == 1
+    assert str(tmp_path / "pagealloc") in process.stderr
+
+
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0), (["--what"], 2)])
 def test_how_it_is_used(arguments, code):
     command = [sys.executable, "-m", "pagealloc.observe", *arguments]

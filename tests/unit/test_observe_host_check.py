@@ -1,5 +1,6 @@
 """Who may ask a server that tells what this process does."""
 
+import errno
 import os
 import socket
 import urllib.error
@@ -131,11 +132,23 @@ def test_two_host_headers_are_refused():
 def test_a_port_that_is_taken():
     server, _ = serve_in_thread(hello, 0)
     try:
-        with pytest.raises(OSError, match="in use"):
+        with pytest.raises(OSError, match=f"port {server.server_port}: .*in use") as caught:
             serve_in_thread(hello, server.server_port)
+        assert caught.value.errno == errno.EADDRINUSE
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_an_address_that_is_not_this_machine_s():
+    with pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1, port 0: "):
+        serve_in_thread(hello, 0, "192.0.2.1")
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_is_none(port):
+    with pytest.raises(ValueError, match=f"port={port}: .* to 65535 are possible"):
+        serve_in_thread(hello, port)
 
 
 def test_a_forked_child_keeps_no_port():

@@ -17,9 +17,8 @@ def snapshot():
 
 
 def test_there_and_back(snapshot):
-    assert snapshot.allocators
-    assert snapshot.allocators[0].latencies
-    assert snapshot.allocators[0].stats.arenas
+    # Other tests' allocators may be there as well.
+    assert any(one.latencies and one.stats.arenas for one in snapshot.allocators)
     assert snapshot.caches
     text = snapshot_to_json(snapshot)
     assert "\n" not in text
