@@ -1,6 +1,7 @@
 """Profiles by HTTP: who may have them, which there are, and that nothing is left running."""
 
 import os
+import signal
 import threading
 import urllib.error
 import urllib.request
@@ -162,6 +163,7 @@ def test_a_forked_child_can_close_it(server):
     pid = os.fork()
     if pid == 0:
         code = 1
+        signal.alarm(30)  # it must not wait for ever
         try:
             server.close()
             code = 0
