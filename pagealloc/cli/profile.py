@@ -121,7 +121,7 @@ def _serve(args: argparse.Namespace, kinds: list[str]) -> int:
 
     if kinds:
         raise ValueError("--serve profiles on demand: leave --heap, --cpu and --contention out")
-    with start_profile_server(args.serve) as server:
+    with start_profile_server(args.serve, heap_period=args.period) as server:
         return run_script(args.script, args.arguments, server.close, is_module=args.module)
 
 

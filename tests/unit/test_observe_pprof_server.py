@@ -171,3 +171,17 @@ def test_a_forked_child_can_close_it(server):
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert ask(at(server, ""))[0] == 200
+
+
+def test_more_names_and_no_frames():
+    with start_profile_server(token="a", hosts=["gpu7.lan"], heap_period=1) as server:
+        page = at(server, "heap", "token=a&html=1")
+        assert ask(page, Host="gpu7.lan")[0] == 200
+        assert ask(page, Host="gpu8.lan")[0] == 403
+        with urllib.request.urlopen(page, timeout=30) as answer:
+            assert answer.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+            assert answer.headers["Referrer-Policy"] == "no-referrer"
+        with PageAllocator() as allocator:
+            buffer = allocator.alloc(1)
+            assert from_pprof(ask(at(server, "heap", "token=a"))[2]).total(0) == 1
+            buffer.close()
