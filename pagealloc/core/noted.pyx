@@ -105,7 +105,7 @@ def stop_heap_profile(profiler) -> None:
 
 
 def start_wait_profile(profiler) -> None:
-    """Have ``profiler(n_waits, waited_ns)`` called in each thread that had to wait for a shared mutex.
+    """Have ``profiler(n_waits, waited_ns)`` called in each thread that waited for a shared mutex.
 
     Raises
     ------

@@ -38,7 +38,8 @@ def capture_threads(tids, spent_ns, period_ns: int) -> list:
     tids : list of int
         Threads, as the kernel numbers them.
     spent_ns : dict of int to int
-        What each had spent when it was last reported; of others all is told.  It is updated, and loses those not in `tids`.
+        What each had spent when it was last reported; of others all is told.  It is updated, and
+        loses those not in `tids`.
     period_ns : int
         How long to wait; a thread that has spent less than half of it is left for later.
 

@@ -172,7 +172,8 @@ def test_threads_lose_no_event_but_those_counted(watched):
     events, n = take_events()
     found.extend(events)
     assert len(found) + sum(n_lost) + n == 2 * n_each * len(allocators)
-    assert {event[1] for event in found} == bytes_of_heap.keys()
+    assert found
+    assert {event[1] for event in found} <= bytes_of_heap.keys()
     for kind, heap, begun_at_ns, ended_at_ns, nbytes in found:
         assert kind in ("arena_growth", "trim")
         assert nbytes == (bytes_of_heap[heap] if kind == "arena_growth" else 0)
