@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["serve_in_thread"]
 
 IDLE_TIMEOUT_S = 30
+POLL_S = 0.1
+"""How long ``server.shutdown()`` waits at most; a look costs microseconds."""
 MOST_PORT = (1 << 16) - 1
 
 _servers: WeakSet[WSGIServer] = WeakSet()
@@ -101,7 +103,7 @@ def serve_in_thread(
         ) from error
     _servers.add(server)
     server.set_app(HostCheck(app, [addr, *hosts]))
-    thread = Thread(target=server.serve_forever, name="pagealloc-http", daemon=True)
+    thread = Thread(target=server.serve_forever, args=(POLL_S,), name="pagealloc-http", daemon=True)
     thread.start()
     return server, thread
 

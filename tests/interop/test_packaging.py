@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SOURCE_SUFFIXES = (".py", ".pyx", ".pxd", ".pyi", ".h", ".typed")
+SOURCE_SUFFIXES = (
+    *(".py", ".pyx", ".pxd", ".pyi", ".h", ".typed"),
+    *(".html", ".js", ".json", ".yml"),
+)
 NOT_SOURCE = (".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "*.c", "_build")
 
 

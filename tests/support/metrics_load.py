@@ -14,6 +14,7 @@ import numpy as np
 import pagealloc.observe
 from pagealloc import LatencyHistogram, PageAllocator, page_size_bytes
 from pagealloc.kv import KVCache, KVLayout
+from pagealloc.observe import take_snapshot
 
 N_THREADS = 2
 LONGEST_PAUSE_S = 1e-3
@@ -83,10 +84,11 @@ def main():
         thread.join()
     stats, kv, prefixes = allocator.stats(), cache.stats(), cache.prefixes.stats()
     latencies = LatencyHistogram.total(allocator.latencies())
+    name = take_snapshot().allocators[0].name  # it was made first
     counted = {
-        'pagealloc_allocs_total{allocator="0"}': stats.n_allocs,
-        'pagealloc_frees_total{allocator="0"}': stats.n_frees,
-        'pagealloc_live_blocks{allocator="0"}': stats.n_live,
+        f'pagealloc_allocs_total{{allocator="{name}"}}': stats.n_allocs,
+        f'pagealloc_frees_total{{allocator="{name}"}}': stats.n_frees,
+        f'pagealloc_live_blocks{{allocator="{name}"}}': stats.n_live,
         'pagealloc_kv_sequences{cache="0"}': kv.n_sequences,
         'pagealloc_kv_file_bytes{cache="0"}': kv.file_bytes,
         'pagealloc_prefix_lookups_total{cache="0"}': prefixes.n_lookups,
