@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from inspect import cleandoc
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pagealloc import AllocatorStats
@@ -221,6 +222,6 @@ def _help(stats_class: type, field: str) -> str:
 
 def _field_texts(stats_class: type) -> dict[str, str]:
     """Return what a numpydoc docstring says of each field."""
-    lines = (stats_class.__doc__ or "").partition("----------\n")[2]
-    entries = re.findall(r"^    (\w+) : .*\n((?:        .*\n|\n)+)", lines, re.MULTILINE)
-    return dict(entries)
+    # Python 3.13 takes the indentation away by itself.
+    lines = cleandoc(stats_class.__doc__ or "").partition("----------\n")[2] + "\n"
+    return dict(re.findall(r"^(\w+) : .*\n((?:    .*\n|\n)+)", lines, re.MULTILINE))
