@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 import tty
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from pagealloc.cli import CommandError
@@ -231,7 +232,8 @@ def _command_line(pid: int) -> str:
         words = psutil.Process(pid).cmdline()
     except psutil.Error:
         return ""
-    line = " ".join(words)[:60]
+    # Where the interpreter lies tells processes apart no better, and leaves no room for the rest.
+    line = " ".join([PurePath(word).name for word in words[:1]] + words[1:])[:60]
     return "".join(each if each.isprintable() else "?" for each in line)
 
 
