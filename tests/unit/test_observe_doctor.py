@@ -518,7 +518,7 @@ class TestSteadyFaults:
     def test_large_blocks_that_went_between_the_looks(self):
         moments = [[self.large(0)], [self.large(4, n_faults=10**6)]]
         assert names(evidence(*moments)) == ["steady-faults"]
-        moments = [[self.large(0)], [self.large(4, n_faults=3)]]  # nobody touched them
+        moments = [[self.large(0)], [self.large(4, n_faults=0)]]  # nobody touched them
         assert names(evidence(*moments)) == []
         moments = [[self.large(n, n_faults=n * 10**6, arenas=(ARENA,))] for n in (0, 4)]
         assert names(evidence(*moments)) == []  # which blocks were freed, nobody knows
