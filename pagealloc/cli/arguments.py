@@ -1,8 +1,31 @@
-"""Values of options that several subcommands read: types for argparse."""
+"""Options that several subcommands have, and types of their values for argparse."""
 
 import argparse
 
-__all__ = ["port", "positive"]
+__all__ = ["add_conversations", "port", "positive"]
+
+
+def add_conversations(parser: argparse.ArgumentParser) -> None:
+    """Add which model answers, in how many conversations of what length."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model",
+        metavar="FILE.gguf",
+        help="a Llama model of your own (default: SmolLM2-135M-Instruct, if it is installed)",
+    )
+    source.add_argument(
+        "--quick", action="store_true", help="a tiny random model: seconds, but no sense"
+    )
+    parser.add_argument(
+        "--conversations", type=positive, default=8, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--n-ctx",
+        type=positive,
+        default=8192,
+        metavar="TOKENS",
+        help="context of each conversation (default: %(default)s)",
+    )
 
 
 def port(text: str) -> int:

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from pagealloc.cli.arguments import positive
+from pagealloc.cli.arguments import add_conversations, positive
 
 __all__ = ["HELP", "NAME", "add_arguments", "run"]
 
@@ -14,15 +14,7 @@ HELP = "say where each percent came from: a float16 cache, and what each step sa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options of this subcommand."""
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--model",
-        metavar="FILE.gguf",
-        help="a Llama model of your own (default: SmolLM2-135M-Instruct, if it is installed)",
-    )
-    source.add_argument(
-        "--quick", action="store_true", help="a tiny random model: seconds, but no sense"
-    )
+    add_conversations(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -40,16 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         metavar="N",
         help="how often every step is taken; medians are shown (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--conversations", type=positive, default=8, metavar="N", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--n-ctx",
-        type=positive,
-        default=8192,
-        metavar="TOKENS",
-        help="context of each conversation (default: %(default)s)",
     )
     parser.add_argument(
         "--max-new-tokens",

@@ -22,7 +22,7 @@ from pagealloc.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
 
     from pagealloc import ArenaStats, ClassStats
     from pagealloc.observe.live import History
@@ -328,8 +328,10 @@ class _Line:
         self._bar = bar
         self._most_bytes = most_bytes
 
-    def __rich_console__(self, console: object, options: object) -> Iterable[RenderableType]:
-        width: int = options.max_width  # type: ignore[attr-defined]
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterable[RenderableType]:
+        width = options.max_width
         bar = self._bar
         n_all = min(width, math.ceil(bar.nbytes / self._most_bytes * width))
         n_part = min(n_all, round(bar.part_bytes / self._most_bytes * width))
