@@ -15,8 +15,11 @@ cdef extern from * nogil:
 
 cdef bint blocks_are_noted
 cdef bint waits_are_noted
+cdef bint memory_is_followed
 
 cdef int note_block(object block, int64_t nbytes, Py_ssize_t n_parts) except -1
 cdef int note_growth(object block, int64_t nbytes, Py_ssize_t n_parts) except -1
+cdef void note_memory(const void *memory, int64_t nbytes) noexcept with gil
+cdef void forget_memory(const void *memory) noexcept with gil
 cdef int note_wait() except -1
 cdef void forget_wait() noexcept

@@ -5,6 +5,7 @@ Purpose
     of contention.
 Invariants
     blocks_are_noted <=> leaks are reported, or there is a heap profiler
+    memory_is_followed <=> some block that has no Python object was noted and is live
     waits_are_noted <=> there is a wait profiler
 Locking
     The GIL.
@@ -14,8 +15,16 @@ Source
     Of how gaps are drawn: https://pkg.go.dev/runtime#MemProfileRate and tcmalloc's sampler.
 """
 
+from cpython.exc cimport (
+    PyErr_Fetch,
+    PyErr_Restore,
+    PyErr_SetInterrupt,
+    PyErr_SetObject,
+    PyErr_WriteUnraisable,
+)
+from cpython.object cimport PyObject
 from libc.math cimport log
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
 
 from pagealloc.core.lock_waits cimport take_waits
 
@@ -24,8 +33,10 @@ from pagealloc.core.lock_waits import forget_waits
 
 blocks_are_noted = leaks.LEAK_EVERY > 0
 waits_are_noted = False
+memory_is_followed = False
 
 cdef object heap_profiler = None
+cdef dict followed = {}             # address -> NotedMemory
 cdef object wait_profiler = None
 cdef int64_t period_bytes = 0
 cdef int64_t left_bytes = 0
@@ -55,13 +66,60 @@ cdef int note_growth(object block, int64_t nbytes, Py_ssize_t n_parts) except -1
 
 
 cdef int sample(object block, int64_t nbytes, Py_ssize_t n_parts) except -1:
+    """Count down, and note what is picked: 1 if it was."""
     global left_bytes
     if heap_profiler is not None:
         left_bytes -= nbytes
         if left_bytes < 0 or period_bytes == 1:
             left_bytes = next_gap()
             heap_profiler(block, nbytes, n_parts)
+            return 1
     return 0
+
+
+class NotedMemory:
+    """Stands for a block that has no Python object of its own, and ends with it."""
+
+    __slots__ = ("__weakref__",)
+    closed = False
+
+
+cdef void note_memory(const void *memory, int64_t nbytes) noexcept with gil:
+    """Tell who wants to know of a block that has no Python object.
+
+    Its stack is that of the Python code which this thread runs.  The caller holds the GIL, or
+    nothing that another thread may hold while it waits for the GIL.
+    """
+    global memory_is_followed
+    cdef PyObject *kind
+    cdef PyObject *error
+    cdef PyObject *traceback
+    if heap_profiler is None:
+        return
+    PyErr_Fetch(&kind, &error, &traceback)
+    try:
+        block = NotedMemory()
+        if sample(block, nbytes, 1):
+            followed[<uintptr_t>memory] = block
+            memory_is_followed = True
+    except KeyboardInterrupt:
+        PyErr_SetInterrupt()    # who called cannot pass it on: again, once Python code runs
+    except BaseException as failure:
+        PyErr_SetObject(type(failure), failure)
+        PyErr_WriteUnraisable(heap_profiler)
+    PyErr_Restore(kind, error, traceback)
+
+
+cdef void forget_memory(const void *memory) noexcept with gil:
+    """Before a block is freed that note_memory() may have noted; the same holds for the caller."""
+    global memory_is_followed
+    cdef PyObject *kind
+    cdef PyObject *error
+    cdef PyObject *traceback
+    PyErr_Fetch(&kind, &error, &traceback)      # blocks end while an exception is on its way, too
+    followed.pop(<uintptr_t>memory, None)
+    memory_is_followed = len(followed) > 0
+    PyErr_Restore(kind, error, traceback)
 
 
 cdef int note_wait() except -1:

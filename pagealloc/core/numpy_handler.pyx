@@ -17,7 +17,8 @@ Invariants
     stored in that allocator's own subclass is never collected.)
 Locking
     The GIL for the objects.  The four functions may be called without it: they touch no Python
-    object, and the heap locks itself.
+    object, and the heap locks itself.  While the heap is profiled they take it, as NumPy itself
+    does right after them to tell tracemalloc.
 Units
     Bytes.
 """
@@ -39,6 +40,13 @@ from pagealloc.core.atomics cimport (
 from pagealloc.core.heap cimport heap_alloc, heap_free, heap_usable_bytes
 from pagealloc.core.heap_owner cimport Heap
 from pagealloc.core.heap_state cimport heap_t
+from pagealloc.core.noted cimport (
+    blocks_are_noted,
+    forget_memory,
+    memory_is_followed,
+    note_memory,
+    observed,
+)
 from pagealloc.core.page_heap cimport FREED
 from pagealloc.core.size_class cimport SLOT_UNIT_BYTES
 
@@ -83,9 +91,20 @@ cdef size_t MAX_NBYTES = <size_t>1 << 47        # rounding up to pages cannot ov
 
 cdef inline char *allocate(heap_t *heap, size_t nbytes, bint *fresh) noexcept nogil:
     cdef int error = 0
+    cdef char *memory
     if nbytes > MAX_NBYTES:
         return NULL
-    return heap_alloc(heap, nbytes if nbytes else 1, 0, fresh, &error)
+    memory = heap_alloc(heap, nbytes if nbytes else 1, 0, fresh, &error)
+    if observed(blocks_are_noted) and memory != NULL:
+        note_memory(memory, <int64_t>nbytes)
+    return memory
+
+
+cdef inline int free_noted(heap_t *heap, void *memory) noexcept nogil:
+    """Free a block: the heap's answer."""
+    if observed(memory_is_followed):
+        forget_memory(memory)   # before somebody else can have the address
+    return heap_free(heap, <char *>memory)
 
 
 cdef void *handler_malloc(void *ctx, size_t nbytes) noexcept nogil:
@@ -125,13 +144,13 @@ cdef void *handler_realloc(void *ctx, void *memory, size_t nbytes) noexcept nogi
     if moved == NULL:
         return memory if nbytes <= usable_bytes else NULL   # to shrink cannot fail
     memcpy(moved, memory, nbytes if nbytes < usable_bytes else usable_bytes)
-    heap_free(heap, <char *>memory)
+    free_noted(heap, memory)
     return moved
 
 
 cdef void handler_free(void *ctx, void *memory, size_t nbytes) noexcept nogil:
     # The heap knows the size; NumPy's `nbytes` is a guess, wrong after an array was reshaped.
-    if memory != NULL and heap_free(<heap_t *>ctx, <char *>memory) != FREED:
+    if memory != NULL and free_noted(<heap_t *>ctx, memory) != FREED:
         report_foreign(memory)
 
 

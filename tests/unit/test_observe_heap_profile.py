@@ -1,14 +1,19 @@
 """The heap profiler: what it notes, what of it is live, and what it stands for."""
 
 import _thread
+import collections
+import contextlib
 import gc
 import os
+import sys
 import threading
 import time
 
+import numpy as np
 import pytest
+from stress import running
 
-from pagealloc import ExtentStore, PageAllocator, Window, page_size_bytes
+from pagealloc import ExtentStore, PageAllocator, Window, numpy_handler, page_size_bytes
 from pagealloc.core import noted
 from pagealloc.observe import profile
 from pagealloc.observe.heap_profile import HeapProfiler
@@ -267,3 +272,109 @@ def test_code_that_allocates_amid_a_profile(allocator):
     assert found.total(LIVE_BYTES) == 300
     assert found.total(ALLOC_BYTES) == 600
     kept_blocks.clear()
+
+
+def arrays(n: int, nbytes: int) -> list[np.ndarray]:
+    return [np.empty(nbytes, np.uint8) for _ in range(n)]
+
+
+@pytest.mark.parametrize("nbytes", [300, 3 * MIB])
+def test_arrays_under_the_handler_of_numpy(allocator, nbytes):
+    with profile("heap", period=1) as p, numpy_handler(allocator):
+        kept_arrays = arrays(5, nbytes)
+        arrays(2, nbytes)
+        np.zeros(nbytes, np.uint8)
+    found = values_below(p.profile, "arrays")
+    assert found == [7, 7 * nbytes, 5, 5 * nbytes]
+    del kept_arrays[2:]  # after the profile has ended
+    assert values_below(p.profile, "arrays") == [7, 7 * nbytes, 2, 2 * nbytes]
+    kept_arrays.clear()
+    with numpy_handler(allocator):
+        kept_arrays = arrays(5, nbytes)  # where the others were, and not noted
+    assert values_below(p.profile, "arrays") == [7, 7 * nbytes, 0, 0]
+    assert p.profile.total(ALLOC_BYTES) == 8 * nbytes
+
+
+def test_an_array_that_numpy_resizes(allocator):
+    with profile("heap", period=1) as p, numpy_handler(allocator):
+        array = np.empty(1000, np.uint8)
+        array.resize(5 * MIB, refcheck=False)
+        assert p.profile.total(LIVE_BYTES) == 5 * MIB
+        array.resize(5 * MIB - 100, refcheck=False)  # where it is
+    assert p.profile.total(ALLOC_BYTES) == 5 * MIB + 1000
+    assert p.profile.total(LIVE_OBJECTS) == 1
+    del array
+    assert p.profile.total(LIVE_OBJECTS) == 0
+
+
+def test_an_array_that_ends_while_an_exception_is_on_its_way(allocator):
+    def fail():
+        kept_until_then = arrays(3, 5000)
+        raise KeyError(len(kept_until_then))
+
+    with profile("heap", period=1) as p, numpy_handler(allocator):
+        try:
+            fail()
+        except KeyError as error:
+            assert error.args == (3,)
+    assert values_below(p.profile, "fail") == [3, 15000, 0, 0]
+
+
+def test_an_interrupt_while_an_array_is_noted_is_not_lost(allocator):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with numpy_handler(allocator):
+        noted.start_heap_profile(interrupted, 1)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                for _ in range(1000):
+                    arrays(1, 100)
+        finally:
+            noted.stop_heap_profile(interrupted)
+
+
+def test_an_array_comes_though_its_note_fails(allocator, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no memory for this")
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: told.append(args.exc_value))
+    with numpy_handler(allocator):
+        noted.start_heap_profile(fails, 1)
+        try:
+            array = np.empty(100, np.int64)
+        finally:
+            noted.stop_heap_profile(fails)
+    assert [str(error) for error in told] == ["no memory for this"]
+    array[:] = 7
+    assert array.sum() == 700
+    del array
+
+
+def test_arrays_of_threads_while_profiles_come_and_go(allocator):
+    """Who frees is not who allocated, and what was noted may be so no more."""
+    done = threading.Event()
+    boxes = [collections.deque(maxlen=20) for _ in range(2)]
+
+    def work(mine, others):
+        with numpy_handler(allocator):
+            while not done.is_set():
+                mine.append(np.full(1000, 3))
+                with contextlib.suppress(IndexError):
+                    assert others.popleft().sum() == 3000
+
+    threads = [threading.Thread(target=work, args=pair) for pair in (boxes, boxes[::-1])]
+    profiles = []
+    with running(done, *threads):
+        for _ in range(30):
+            with profile("heap", period="10KiB") as p:
+                time.sleep(0.01)
+            profiles.append(p)
+    for p in profiles:
+        assert 0 <= p.profile.total(LIVE_BYTES) <= p.profile.total(ALLOC_BYTES)
+    assert sum(p.profile.total(ALLOC_BYTES) for p in profiles) > 0
+    for box in boxes:
+        box.clear()
+    for p in profiles:
+        assert p.profile.total(LIVE_BYTES) == 0
