@@ -313,10 +313,8 @@ def test_an_array_that_ends_while_an_exception_is_on_its_way(allocator):
         raise KeyError(len(kept_until_then))
 
     with profile("heap", period=1) as p, numpy_handler(allocator):
-        try:
+        with contextlib.suppress(KeyError):
             fail()
-        except KeyError as error:
-            assert error.args == (3,)
     assert values_below(p.profile, "fail") == [3, 15000, 0, 0]
 
 
@@ -328,8 +326,7 @@ def test_an_interrupt_while_an_array_is_noted_is_not_lost(allocator):
         noted.start_heap_profile(interrupted, 1)
         try:
             with pytest.raises(KeyboardInterrupt):
-                for _ in range(1000):
-                    arrays(1, 100)
+                arrays(1000, 100)
         finally:
             noted.stop_heap_profile(interrupted)
 
