@@ -312,9 +312,12 @@ def test_an_array_that_ends_while_an_exception_is_on_its_way(allocator):
         kept_until_then = arrays(3, 5000)
         raise KeyError(len(kept_until_then))
 
-    with profile("heap", period=1) as p, numpy_handler(allocator):
-        with contextlib.suppress(KeyError):
-            fail()
+    with (
+        profile("heap", period=1) as p,
+        numpy_handler(allocator),
+        contextlib.suppress(KeyError),
+    ):
+        fail()
     assert values_below(p.profile, "fail") == [3, 15000, 0, 0]
 
 
