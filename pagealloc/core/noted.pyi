@@ -2,6 +2,9 @@ from collections.abc import Callable
 
 from pagealloc.core.leaks import Block
 
+class NotedMemory:
+    closed: bool
+
 def start_heap_profile(profiler: Callable[[Block, int, int], object], every_bytes: int) -> None: ...
 def stop_heap_profile(profiler: Callable[[Block, int, int], object]) -> None: ...
 def start_wait_profile(profiler: Callable[[int, int], object]) -> None: ...
