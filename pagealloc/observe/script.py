@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from types import TracebackType
 
 __all__ = ["run_script"]
+
+RUNNERS = (__file__, runpy.run_module.__code__.co_filename)
+"""Files of whoever runs a script; calls in them are not the script's."""
 
 
 def run_script(
@@ -43,7 +47,8 @@ def run_script(
     Raises
     ------
     FileNotFoundError
-        There is no such script.
+        There is no such script, or no such module that can be run; `at_end` is not called.  The
+        packages that a module lies in were imported then, as ``python -m`` does to look for it.
     """
     if not is_module and not Path(script).exists():
         raise FileNotFoundError(f"there is no script {script!r}")
@@ -54,6 +59,7 @@ def run_script(
         sys.path[0] = str(Path.cwd() if is_module else Path(script).resolve().parent)
     kept: object = None
     code = 0
+    is_refused = False
     try:
         # What the script's globals refer to lives for as long as they are kept.
         if is_module:
@@ -68,12 +74,15 @@ def run_script(
         print("interrupted", file=sys.stderr)
         code = 130
     except BaseException as error:  # noqa: BLE001  # the script's own, shown as Python would
+        if isinstance(error, ImportError) and _script_stack(error) is None:
+            is_refused = True
+            raise FileNotFoundError(f"cannot run {script!r}: {error}") from None
         kept = error.__traceback__
         _print_error(error)
         code = 1
     finally:
         try:
-            if os.getpid() == pid:
+            if os.getpid() == pid and not is_refused:
                 _end(threads, at_end)
         finally:
             del kept
@@ -101,8 +110,14 @@ def _exit_code(code: object) -> int:
 
 def _print_error(error: BaseException) -> None:
     """Print a traceback that begins in the script, and leave it where Python does."""
-    stack = error.__traceback__
-    while stack is not None and stack.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
-        stack = stack.tb_next
+    stack = _script_stack(error)
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, stack
     sys.excepthook(type(error), error.with_traceback(stack), stack)
+
+
+def _script_stack(error: BaseException) -> TracebackType | None:
+    """Return the traceback from the script on; None if its runners have raised the error."""
+    stack = error.__traceback__
+    while stack is not None and stack.tb_frame.f_code.co_filename in RUNNERS:
+        stack = stack.tb_next
+    return stack

@@ -302,6 +302,12 @@ def test_no_such_script(capsys):
     assert capsys.readouterr() == ("", "pagealloc: there is no script 'no-such.py'\n")
 
 
+def test_no_such_module(capsys):
+    assert main(["doctor", "--json", "-m", "nothere"]) == 1
+    said = "pagealloc: cannot run 'nothere': No module named nothere\n"
+    assert capsys.readouterr() == ("", said)
+
+
 def test_a_module(tmp_path):
     (tmp_path / "planted.py").write_text("import sys\nprint(sys.argv[1:])\n")
     environment = {**os.environ, "PYTHONSAFEPATH": ""}

@@ -112,6 +112,14 @@ def test_usage(tmp_path, monkeypatch, capfd):
     assert "leave the script out" in capfd.readouterr().err
 
 
+def test_a_module_that_is_none(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["profile", "-o", "out", "-m", "nothere"]) == 1
+    said = capfd.readouterr().err
+    assert said == "pagealloc: cannot run 'nothere': No module named nothere\n"
+    assert not list(tmp_path.glob("out/*"))
+
+
 @pytest.mark.parametrize("port", ["-1", "65536", "x"])
 def test_ports_that_are_none(port):
     with pytest.raises(SystemExit) as stop:

@@ -78,6 +78,60 @@ def test_modules(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out == "__main__ ['x']\n"
 
 
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package in the current folder: without ``__main__``, and with a module ``part``."""
+    folder = tmp_path / "planted_package"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "part.py").write_text("if __name__ == '__main__': print(__package__)\n")
+    monkeypatch.chdir(tmp_path)
+    yield folder
+    for name in [name for name in sys.modules if name.startswith("planted_package")]:
+        del sys.modules[name]
+
+
+def test_a_module_of_a_package(package, capfd):
+    assert run("planted_package.part", is_module=True) == (0, 1)
+    assert capfd.readouterr().out == "planted_package\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nothere", "No module named nothere"),
+        ("nothere.part", "No module named 'nothere'"),
+        ("planted_package.nothere", "No module named planted_package.nothere"),
+        ("planted_package", "'planted_package' is a package and cannot be directly executed"),
+        ("planted_package.part.deeper", "planted_package.part.deeper"),
+        (".part", "Relative module names not supported"),
+        ("math", "No code object available for math"),
+    ],
+)
+def test_no_such_module(package, capfd, name, reason):
+    before = sys.argv, list(sys.path)
+    ends = []
+    with pytest.raises(FileNotFoundError) as refused:
+        run_script(name, [], lambda: ends.append(True), is_module=True)
+    assert str(refused.value).startswith(f"cannot run '{name}': ")
+    assert reason in str(refused.value)
+    assert ends == []
+    assert capfd.readouterr() == ("", "")
+    assert (sys.argv, sys.path) == before
+
+
+@pytest.mark.parametrize("where", ["__init__.py", "part.py"])
+@pytest.mark.parametrize(
+    "text", ["import nothere", "import runpy; runpy.run_module('nothere')", "raise ImportError"]
+)
+def test_import_errors_of_the_script_are_its_own(package, capfd, where, text):
+    (package / where).write_text(text)
+    assert run("planted_package.part", is_module=True) == (1, 1)
+    error = capfd.readouterr().err
+    assert error.startswith("Traceback (most recent call last):\n")
+    assert f"planted_package/{where}" in error
+
+
 def test_no_such_script(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no script"):
         run(str(tmp_path / "none.py"))
