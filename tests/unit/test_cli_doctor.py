@@ -308,6 +308,17 @@ def test_no_such_module(capsys):
     assert capsys.readouterr() == ("", said)
 
 
+def test_a_script_that_is_ended_by_sigterm_is_examined_too(examined):
+    process, found = examined(
+        PLANTED["budget-pressure"]
+        + "import os, signal, threading\n"
+        + "threading.Thread(target=time.sleep, args=(60,)).start()\n"  # nobody waits for it
+        + "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)\n"
+    )
+    assert process.returncode == -15, process.stderr
+    assert "budget-pressure" in found
+
+
 def test_a_module(tmp_path):
     (tmp_path / "planted.py").write_text("import sys\nprint(sys.argv[1:])\n")
     environment = {**os.environ, "PYTHONSAFEPATH": ""}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -146,3 +147,28 @@ def test_a_script_that_fails_is_profiled_all_the_same(script, tmp_path):
     assert done.returncode == 1
     assert "ValueError: invalid literal" in done.stderr
     assert (tmp_path / "out/heap.pb.gz").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--heap", "--period", "1"]])
+def test_a_service_that_is_ended_by_sigterm_is_profiled_all_the_same(tmp_path, options):
+    (tmp_path / "service.py").write_text(
+        "import pagealloc, time\n"
+        "kept = pagealloc.default_allocator().alloc('64MiB')\n"
+        "print('ready', flush=True)\n"
+        "while True: time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "pagealloc", "profile", *options, "-o", "out", "service.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
+    assert "64.0 MiB live at the end" in said
+    assert len(list((tmp_path / "out").iterdir())) == (3 if options else 9)
+    heap = from_pprof((tmp_path / "out/heap.pb.gz").read_bytes())
+    assert heap.total(3) == pytest.approx(64 << 20, rel=0.01)
