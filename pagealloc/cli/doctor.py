@@ -23,6 +23,7 @@ NAME = "doctor"
 HELP = "say what is wrong with the use of memory, and what to do"
 
 EXIT_FOUND = 1
+DEFAULT_SECONDS = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=5.0,
         metavar="N",
-        help="for how long, with --pid (default: 5)",
+        help=f"for how long, with --pid (default: {DEFAULT_SECONDS:g})",
     )
     parser.add_argument(
         "-m", dest="module", action="store_true", help="SCRIPT is a module, as for python -m"
@@ -58,10 +58,15 @@ def run(args: argparse.Namespace) -> int:
     from pagealloc.observe.doctor import examine_machine, examine_pid
 
     if args.pid is not None:
-        if args.script is not None:
-            raise ValueError("--pid watches a process that runs: leave the script out")
-        return report(examine_pid(args.pid, args.seconds), as_json=args.json)
+        if args.script is not None or args.module:
+            raise ValueError("--pid watches a process that runs: leave -m and the script out")
+        seconds = DEFAULT_SECONDS if args.seconds is None else args.seconds
+        return report(examine_pid(args.pid, seconds), as_json=args.json)
+    if args.seconds is not None:
+        raise ValueError("--seconds says how long --pid watches: leave it out without --pid")
     if args.script is None:
+        if args.module:
+            raise ValueError("which module? pagealloc doctor [options] -m MODULE [its arguments]")
         return report(examine_machine(), as_json=args.json)
     return examine_script(args)
 

@@ -357,7 +357,19 @@ def test_another_process(tmp_path):
     assert f"process {process.pid} " in gone.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--pid", "1", "x.py"], ["--pid", "1", "--seconds", "0"]])
-def test_what_makes_no_sense(capsys, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "what_to_do"),
+    [
+        (["--pid", "1", "x.py"], "leave -m and the script out"),
+        (["--pid", "1", "-m"], "leave -m and the script out"),
+        (["--pid", "1", "--seconds", "0"], "above 0"),
+        (["--seconds", "1"], "leave it out without --pid"),
+        (["--seconds", "1", "x.py"], "leave it out without --pid"),
+        (["-m"], "which module?"),
+    ],
+)
+def test_what_makes_no_sense(capsys, arguments, what_to_do):
     assert main(["doctor", *arguments]) == 2
-    assert capsys.readouterr().err.startswith("pagealloc: ")
+    out, err = capsys.readouterr()
+    assert (out, err[:11]) == ("", "pagealloc: ")
+    assert what_to_do in err
