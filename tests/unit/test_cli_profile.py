@@ -107,10 +107,28 @@ def test_usage(tmp_path, monkeypatch, capfd):
     (tmp_path / "empty.py").touch()
     assert main(["profile", "--period", "much", "empty.py"]) == 2
     assert "period" in capfd.readouterr().err
-    assert main(["profile", "--serve", "0", "--heap", "empty.py"]) == 2
-    assert "--serve profiles on demand" in capfd.readouterr().err
-    assert main(["profile", "--diff", "a.pb.gz", "b.pb.gz", "empty.py"]) == 2
-    assert "leave the script out" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--heap", "--cpu", "--contention", "-oout"])
+def test_what_a_server_would_ignore_is_refused(script, capfd, option):
+    assert main(["profile", "--serve", "0", option, script, "1", "0"]) == 2
+    said = capfd.readouterr()
+    assert said.err.startswith("pagealloc: --serve profiles on demand: leave ")
+    assert said.out == "", "it did not run"
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--heap", "--cpu", "--contention", "--serve=0", "-m", "--period=512KiB", "planted.py"],
+)
+def test_what_a_difference_would_ignore_is_refused(script, tmp_path, capfd, option):
+    main(["profile", "--heap", "-o", "a", script, "1", "0"])
+    capfd.readouterr()
+    assert main(["profile", "--diff", "a/heap.pb.gz", "a/heap.pb.gz", "-o", "out", option]) == 2
+    said = capfd.readouterr()
+    assert said.err.startswith("pagealloc: --diff compares two profiles and runs nothing: leave ")
+    assert said.out == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_module_that_is_none(tmp_path, monkeypatch, capfd):
