@@ -105,7 +105,8 @@ def _profile_script(args: argparse.Namespace, kinds: list[str], period: str, fol
     from pagealloc.observe.profiling import profile
     from pagealloc.observe.script import run_script
 
-    _make_folder(folder)
+    _check_folder(folder)
+    folder = folder.absolute()  # the script may go elsewhere
     options = {"heap": {"period": period}}
     profilings = [profile(kind, **options.get(kind, {})) for kind in kinds]
     with ExitStack() as running:
@@ -114,16 +115,19 @@ def _profile_script(args: argparse.Namespace, kinds: list[str], period: str, fol
 
         def finish() -> None:
             running.close()
+            folder.mkdir(parents=True, exist_ok=True)
             for profiling in profilings:
                 _write(profiling.kind, profiling.profile, folder)
 
         return run_script(args.script, args.arguments, finish, is_module=args.module)
 
 
-def _make_folder(folder: Path) -> None:
-    """Make the folder of what is written; say now, not when the script has run, that it is none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
+def _check_folder(folder: Path) -> None:
+    """Say now, not when the script has run, that nothing can be written there; make nothing yet."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise CommandError(f"cannot write to {folder}: {nearest} is no folder; -o DIR names one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
         raise CommandError(f"cannot write to {folder}: no permission; -o DIR names another folder")
 
 
@@ -140,7 +144,8 @@ def _write(kind: str, profile: Profile, folder: Path) -> None:
 
     for suffix in (".pb.gz", ".html", ".folded"):
         write_profile(profile, folder / f"{kind}{suffix}", f"{kind} profile")
-    _say(f"{kind}: {folder / kind}.html; go tool pprof {folder / kind}.pb.gz")
+    name = _short(folder / kind, Path.cwd())
+    _say(f"{kind}: {name}.html; go tool pprof {name}.pb.gz")
     _print_values(profile)
 
 
@@ -165,11 +170,14 @@ def _print_lines(lines: list[tuple[Frame, int]], unit: str) -> None:
 def _place(frame: Frame) -> str:
     """Return file and line, the file as short as it is clear: below here, or below its package."""
     path = Path(frame.file)
-    for folder in (Path.cwd(), *(parent for parent in path.parents if parent.name in LIBRARIES)):
-        if path.is_relative_to(folder):
-            path = path.relative_to(folder)
-            break
+    libraries = (parent for parent in path.parents if parent.name in LIBRARIES)
+    path = _short(path, Path.cwd(), *libraries)
     return f"{path}:{frame.line}" if frame.line else str(path)
+
+
+def _short(path: Path, *folders: Path) -> Path:
+    """Return the path from the first of the folders that it lies in."""
+    return next((path.relative_to(each) for each in folders if path.is_relative_to(each)), path)
 
 
 def _amount(value: int, unit: str) -> str:
@@ -190,7 +198,8 @@ def _show_difference(first: Path, second: Path, folder: Path) -> int:
             raise CommandError(f"{path}: {error}") from error
     before, after = profiles
     difference = after.minus(before)
-    _make_folder(folder)
+    _check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     page = folder / "diff.html"
     title = f"{second} less {first}"
     page.write_text(flame_graph(difference, title, is_difference=True), encoding="utf-8")

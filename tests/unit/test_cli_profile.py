@@ -102,6 +102,7 @@ def test_usage(tmp_path, monkeypatch, capfd):
     assert "which script?" in capfd.readouterr().err
     assert main(["profile", "none.py"]) == 1
     assert "there is no script 'none.py'" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
     for _ in range(2):  # the server of the first is not left running
         assert main(["profile", "--serve", "0", "none.py"]) == 1
     (tmp_path / "empty.py").touch()
@@ -136,7 +137,7 @@ def test_a_module_that_is_none(tmp_path, monkeypatch, capfd):
     assert main(["profile", "-o", "out", "-m", "nothere"]) == 1
     said = capfd.readouterr().err
     assert said == "pagealloc: cannot run 'nothere': No module named nothere\n"
-    assert not list(tmp_path.glob("out/*"))
+    assert list(tmp_path.iterdir()) == [], "nothing is made for nothing"
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "x"])
@@ -144,6 +145,23 @@ def test_ports_that_are_none(port):
     with pytest.raises(SystemExit) as stop:
         main(["profile", f"--serve={port}", "empty.py"])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("folder", ["planted.py", "planted.py/out"])
+def test_a_folder_that_is_none_is_said_before_the_script_runs(script, capfd, folder):
+    assert main(["profile", "--heap", "-o", folder, script, "1", "0"]) == 1
+    told = capfd.readouterr()
+    assert f"cannot write to {folder}: " in told.err
+    assert "done" not in told.out
+
+
+def test_a_script_that_goes_elsewhere(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "goes.py").write_text("import os; os.chdir('elsewhere')\n")
+    assert main(["profile", "--heap", "-o", "new/out", "goes.py"]) == 0
+    assert (tmp_path / "new/out/heap.pb.gz").exists()
+    assert f"go tool pprof {tmp_path}/new/out/heap.pb.gz" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
