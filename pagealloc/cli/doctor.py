@@ -6,8 +6,7 @@ import argparse
 import json
 import os
 import sys
-import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ NAME = "doctor"
 HELP = "say what is wrong with the use of memory, and what to do"
 
 EXIT_FOUND = 1
+DEFAULT_SECONDS = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=5.0,
         metavar="N",
-        help="for how long, with --pid (default: 5)",
+        help=f"for how long, with --pid (default: {DEFAULT_SECONDS:g})",
     )
     parser.add_argument(
         "-m", dest="module", action="store_true", help="SCRIPT is a module, as for python -m"
@@ -59,10 +58,15 @@ def run(args: argparse.Namespace) -> int:
     from pagealloc.observe.doctor import examine_machine, examine_pid
 
     if args.pid is not None:
-        if args.script is not None:
-            raise ValueError("--pid watches a process that runs: leave the script out")
-        return report(examine_pid(args.pid, args.seconds), as_json=args.json)
+        if args.script is not None or args.module:
+            raise ValueError("--pid watches a process that runs: leave -m and the script out")
+        seconds = DEFAULT_SECONDS if args.seconds is None else args.seconds
+        return report(examine_pid(args.pid, seconds), as_json=args.json)
+    if args.seconds is not None:
+        raise ValueError("--seconds says how long --pid watches: leave it out without --pid")
     if args.script is None:
+        if args.module:
+            raise ValueError("which module? pagealloc doctor [options] -m MODULE [its arguments]")
         return report(examine_machine(), as_json=args.json)
     return examine_script(args)
 
@@ -73,22 +77,24 @@ def examine_script(args: argparse.Namespace) -> int:
     from pagealloc.observe.doctor_watch import Watch
     from pagealloc.observe.script import run_script
 
-    pid = os.getpid()
+    found = 0
+    with ExitStack() as watching:
+        watching.enter_context(stdout_to_stderr(is_wanted=args.json))
+        watch = watching.enter_context(Watch())
 
-    def finish() -> None:
-        if os.getpid() == pid:
-            wait_for_threads()
+        def finish() -> None:
+            # The report is made here, for SIGTERM leaves no other time; nor are buffers flushed.
+            nonlocal found
             settle(watch)
-            watch.stop()
+            watching.close()
+            error = getattr(sys, "last_value", None)
+            unavailable = (str(error),) if isinstance(error, BackingUnavailableError) else ()
+            findings = examine(replace(watch.evidence(), unavailable=unavailable))
+            found = report(findings, as_json=args.json)
+            sys.stdout.flush()
 
-    with stdout_to_stderr(is_wanted=args.json), Watch() as watch:
         code = run_script(args.script, args.arguments, finish, is_module=args.module)
-    if os.getpid() != pid:  # a child that the script forked, which nobody watched
-        return code
-    error = getattr(sys, "last_value", None)
-    unavailable = (str(error),) if isinstance(error, BackingUnavailableError) else ()
-    findings = examine(replace(watch.evidence(), unavailable=unavailable))
-    return report(findings, as_json=args.json) or code
+    return found or code
 
 
 def report(findings: Sequence[Finding], *, as_json: bool) -> int:
@@ -101,13 +107,6 @@ def report(findings: Sequence[Finding], *, as_json: bool) -> int:
         print(doctor_finding.as_text(findings, colour=sys.stdout.isatty()))
     is_problem = any(finding.severity == "problem" for finding in findings)
     return EXIT_FOUND if is_problem else 0
-
-
-def wait_for_threads() -> None:
-    """Wait for the threads that Python would wait for at its end."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
 
 
 @contextmanager

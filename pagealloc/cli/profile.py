@@ -21,6 +21,8 @@ __all__ = ["HELP", "NAME", "add_arguments", "run"]
 NAME = "profile"
 HELP = "run a script and show by line what it allocates, computes, and waits for"
 
+DEFAULT_PERIOD = "512KiB"
+DEFAULT_FOLDER = Path("pagealloc-profile")
 N_HOTTEST = 5
 LIBRARIES = ("site-packages", "dist-packages")
 KINDS = ("heap", "cpu", "contention")
@@ -44,16 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--period",
         metavar="BYTES",
-        default="512KiB",
-        help="note one byte of so many allocated; 1: each block (default: %(default)s)",
+        help=f"note one byte of so many allocated; 1: each block (default: {DEFAULT_PERIOD})",
     )
     parser.add_argument(
         "-o",
         "--output",
         metavar="DIR",
         type=Path,
-        default=Path("pagealloc-profile"),
-        help="where the files go (default: %(default)s)",
+        help=f"where the files go (default: {DEFAULT_FOLDER})",
     )
     parser.add_argument(
         "--diff",
@@ -77,24 +77,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the script, or compare two profiles."""
+    kinds = [kind for kind in KINDS if getattr(args, kind)]
+    _refuse_what_would_be_ignored(args, kinds)
+    folder = args.output or DEFAULT_FOLDER
     if args.diff:
-        if args.script is not None:
-            raise ValueError("--diff compares two profiles and runs nothing: leave the script out")
-        return _show_difference(args.diff[0], args.diff[1], args.output)
+        return _show_difference(args.diff[0], args.diff[1], folder)
     if args.script is None:
         raise ValueError("which script? pagealloc profile [options] SCRIPT.py [its arguments]")
-    kinds = [kind for kind in KINDS if getattr(args, kind)]
+    period = DEFAULT_PERIOD if args.period is None else args.period
     if args.serve is not None:
-        return _serve(args, kinds)
-    return _profile_script(args, kinds or list(KINDS))
+        return _serve(args, period)
+    return _profile_script(args, kinds or list(KINDS), period, folder)
 
 
-def _profile_script(args: argparse.Namespace, kinds: list[str]) -> int:
+def _refuse_what_would_be_ignored(args: argparse.Namespace, kinds: list[str]) -> None:
+    of_run = (args.script, args.serve, args.period)
+    if args.diff and (kinds or args.module or any(each is not None for each in of_run)):
+        raise ValueError(
+            "--diff compares two profiles and runs nothing: leave the script out, and all options "
+            "but -o"
+        )
+    if args.serve is not None and (kinds or args.output is not None):
+        raise ValueError("--serve profiles on demand: leave --heap, --cpu, --contention and -o out")
+
+
+def _profile_script(args: argparse.Namespace, kinds: list[str], period: str, folder: Path) -> int:
     from pagealloc.observe.profiling import profile
     from pagealloc.observe.script import run_script
 
-    _make_folder(args.output)
-    options = {"heap": {"period": args.period}}
+    _check_folder(folder)
+    folder = folder.absolute()  # the script may go elsewhere
+    options = {"heap": {"period": period}}
     profilings = [profile(kind, **options.get(kind, {})) for kind in kinds]
     with ExitStack() as running:
         for profiling in profilings:
@@ -102,26 +115,27 @@ def _profile_script(args: argparse.Namespace, kinds: list[str]) -> int:
 
         def finish() -> None:
             running.close()
+            folder.mkdir(parents=True, exist_ok=True)
             for profiling in profilings:
-                _write(profiling.kind, profiling.profile, args.output)
+                _write(profiling.kind, profiling.profile, folder)
 
         return run_script(args.script, args.arguments, finish, is_module=args.module)
 
 
-def _make_folder(folder: Path) -> None:
-    """Make the folder of what is written; say now, not when the script has run, that it is none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
+def _check_folder(folder: Path) -> None:
+    """Say now, not when the script has run, that nothing can be written there; make nothing yet."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise CommandError(f"cannot write to {folder}: {nearest} is no folder; -o DIR names one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
         raise CommandError(f"cannot write to {folder}: no permission; -o DIR names another folder")
 
 
-def _serve(args: argparse.Namespace, kinds: list[str]) -> int:
+def _serve(args: argparse.Namespace, period: str) -> int:
     from pagealloc.observe.pprof_server import start_profile_server
     from pagealloc.observe.script import run_script
 
-    if kinds:
-        raise ValueError("--serve profiles on demand: leave --heap, --cpu and --contention out")
-    with start_profile_server(args.serve, heap_period=args.period) as server:
+    with start_profile_server(args.serve, heap_period=period) as server:
         return run_script(args.script, args.arguments, server.close, is_module=args.module)
 
 
@@ -130,7 +144,8 @@ def _write(kind: str, profile: Profile, folder: Path) -> None:
 
     for suffix in (".pb.gz", ".html", ".folded"):
         write_profile(profile, folder / f"{kind}{suffix}", f"{kind} profile")
-    _say(f"{kind}: {folder / kind}.html; go tool pprof {folder / kind}.pb.gz")
+    name = _short(folder / kind, Path.cwd())
+    _say(f"{kind}: {name}.html; go tool pprof {name}.pb.gz")
     _print_values(profile)
 
 
@@ -155,11 +170,14 @@ def _print_lines(lines: list[tuple[Frame, int]], unit: str) -> None:
 def _place(frame: Frame) -> str:
     """Return file and line, the file as short as it is clear: below here, or below its package."""
     path = Path(frame.file)
-    for folder in (Path.cwd(), *(parent for parent in path.parents if parent.name in LIBRARIES)):
-        if path.is_relative_to(folder):
-            path = path.relative_to(folder)
-            break
+    libraries = (parent for parent in path.parents if parent.name in LIBRARIES)
+    path = _short(path, Path.cwd(), *libraries)
     return f"{path}:{frame.line}" if frame.line else str(path)
+
+
+def _short(path: Path, *folders: Path) -> Path:
+    """Return the path from the first of the folders that it lies in."""
+    return next((path.relative_to(each) for each in folders if path.is_relative_to(each)), path)
 
 
 def _amount(value: int, unit: str) -> str:
@@ -180,7 +198,8 @@ def _show_difference(first: Path, second: Path, folder: Path) -> int:
             raise CommandError(f"{path}: {error}") from error
     before, after = profiles
     difference = after.minus(before)
-    _make_folder(folder)
+    _check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     page = folder / "diff.html"
     title = f"{second} less {first}"
     page.write_text(flame_graph(difference, title, is_difference=True), encoding="utf-8")

@@ -45,6 +45,9 @@ __all__ = ["CPUProfiler"]
 VALUE_TYPES = (ValueType("samples", "count"), ValueType("cpu", "nanoseconds"))
 PERIOD_NS = 10_000_000
 MIN_PERIOD_NS = 1_000_000
+STOP_S = 2.0
+"""How long the end waits for the last look.  It may come in a signal's handler, which has
+interrupted a thread that has the lock, and then the look would wait for that thread for ever."""
 NATIVE_THREAD = (Frame("(threads without a Python stack)", "native code"),)
 
 
@@ -111,7 +114,7 @@ class CPUProfiler:
         """Look no more."""
         self._is_stopped.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(STOP_S)
         self._let_others()
 
     def _let_others(self) -> None:

@@ -302,6 +302,23 @@ def test_no_such_script(capsys):
     assert capsys.readouterr() == ("", "pagealloc: there is no script 'no-such.py'\n")
 
 
+def test_no_such_module(capsys):
+    assert main(["doctor", "--json", "-m", "nothere"]) == 1
+    said = "pagealloc: cannot run 'nothere': No module named nothere\n"
+    assert capsys.readouterr() == ("", said)
+
+
+def test_a_script_that_is_ended_by_sigterm_is_examined_too(examined):
+    process, found = examined(
+        PLANTED["budget-pressure"]
+        + "import os, signal, threading\n"
+        + "threading.Thread(target=time.sleep, args=(60,)).start()\n"  # nobody waits for it
+        + "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)\n"
+    )
+    assert process.returncode == -15, process.stderr
+    assert "budget-pressure" in found
+
+
 def test_a_module(tmp_path):
     (tmp_path / "planted.py").write_text("import sys\nprint(sys.argv[1:])\n")
     environment = {**os.environ, "PYTHONSAFEPATH": ""}
@@ -340,7 +357,19 @@ def test_another_process(tmp_path):
     assert f"process {process.pid} " in gone.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--pid", "1", "x.py"], ["--pid", "1", "--seconds", "0"]])
-def test_what_makes_no_sense(capsys, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "what_to_do"),
+    [
+        (["--pid", "1", "x.py"], "leave -m and the script out"),
+        (["--pid", "1", "-m"], "leave -m and the script out"),
+        (["--pid", "1", "--seconds", "0"], "above 0"),
+        (["--seconds", "1"], "leave it out without --pid"),
+        (["--seconds", "1", "x.py"], "leave it out without --pid"),
+        (["-m"], "which module?"),
+    ],
+)
+def test_what_makes_no_sense(capsys, arguments, what_to_do):
     assert main(["doctor", *arguments]) == 2
-    assert capsys.readouterr().err.startswith("pagealloc: ")
+    out, err = capsys.readouterr()
+    assert (out, err[:11]) == ("", "pagealloc: ")
+    assert what_to_do in err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,15 +102,42 @@ def test_usage(tmp_path, monkeypatch, capfd):
     assert "which script?" in capfd.readouterr().err
     assert main(["profile", "none.py"]) == 1
     assert "there is no script 'none.py'" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
     for _ in range(2):  # the server of the first is not left running
         assert main(["profile", "--serve", "0", "none.py"]) == 1
     (tmp_path / "empty.py").touch()
     assert main(["profile", "--period", "much", "empty.py"]) == 2
     assert "period" in capfd.readouterr().err
-    assert main(["profile", "--serve", "0", "--heap", "empty.py"]) == 2
-    assert "--serve profiles on demand" in capfd.readouterr().err
-    assert main(["profile", "--diff", "a.pb.gz", "b.pb.gz", "empty.py"]) == 2
-    assert "leave the script out" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--heap", "--cpu", "--contention", "-oout"])
+def test_what_a_server_would_ignore_is_refused(script, capfd, option):
+    assert main(["profile", "--serve", "0", option, script, "1", "0"]) == 2
+    said = capfd.readouterr()
+    assert said.err.startswith("pagealloc: --serve profiles on demand: leave ")
+    assert said.out == "", "it did not run"
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--heap", "--cpu", "--contention", "--serve=0", "-m", "--period=512KiB", "planted.py"],
+)
+def test_what_a_difference_would_ignore_is_refused(script, tmp_path, capfd, option):
+    main(["profile", "--heap", "-o", "a", script, "1", "0"])
+    capfd.readouterr()
+    assert main(["profile", "--diff", "a/heap.pb.gz", "a/heap.pb.gz", "-o", "out", option]) == 2
+    said = capfd.readouterr()
+    assert said.err.startswith("pagealloc: --diff compares two profiles and runs nothing: leave ")
+    assert said.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_module_that_is_none(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["profile", "-o", "out", "-m", "nothere"]) == 1
+    said = capfd.readouterr().err
+    assert said == "pagealloc: cannot run 'nothere': No module named nothere\n"
+    assert list(tmp_path.iterdir()) == [], "nothing is made for nothing"
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "x"])
@@ -117,6 +145,23 @@ def test_ports_that_are_none(port):
     with pytest.raises(SystemExit) as stop:
         main(["profile", f"--serve={port}", "empty.py"])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("folder", ["planted.py", "planted.py/out"])
+def test_a_folder_that_is_none_is_said_before_the_script_runs(script, capfd, folder):
+    assert main(["profile", "--heap", "-o", folder, script, "1", "0"]) == 1
+    told = capfd.readouterr()
+    assert f"cannot write to {folder}: " in told.err
+    assert "done" not in told.out
+
+
+def test_a_script_that_goes_elsewhere(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "goes.py").write_text("import os; os.chdir('elsewhere')\n")
+    assert main(["profile", "--heap", "-o", "new/out", "goes.py"]) == 0
+    assert (tmp_path / "new/out/heap.pb.gz").exists()
+    assert f"go tool pprof {tmp_path}/new/out/heap.pb.gz" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -138,3 +183,28 @@ def test_a_script_that_fails_is_profiled_all_the_same(script, tmp_path):
     assert done.returncode == 1
     assert "ValueError: invalid literal" in done.stderr
     assert (tmp_path / "out/heap.pb.gz").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--heap", "--period", "1"]])
+def test_a_service_that_is_ended_by_sigterm_is_profiled_all_the_same(tmp_path, options):
+    (tmp_path / "service.py").write_text(
+        "import pagealloc, time\n"
+        "kept = pagealloc.default_allocator().alloc('64MiB')\n"
+        "print('ready', flush=True)\n"
+        "while True: time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "pagealloc", "profile", *options, "-o", "out", "service.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
+    assert "64.0 MiB live at the end" in said
+    assert len(list((tmp_path / "out").iterdir())) == (3 if options else 9)
+    heap = from_pprof((tmp_path / "out/heap.pb.gz").read_bytes())
+    assert heap.total(3) == pytest.approx(64 << 20, rel=0.01)

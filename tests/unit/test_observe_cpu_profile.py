@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from pagealloc import PageAllocator
-from pagealloc.observe import profile
+from pagealloc.observe import cpu_profile, profile
 from pagealloc.observe.cpu_profile import CPUProfiler
 from pagealloc.observe.native_code import NativeCode
+from pagealloc.observe.stacks import lock
 from pagealloc.observe.thread_capture import capture_threads
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's thread clocks")
@@ -60,6 +61,19 @@ def test_cpu_time_by_function():
     assert cpu_ns_of(found, "burn") == pytest.approx(0.4e9, rel=0.5)
     assert cpu_ns_of(found, "burn") > 0.6 * found.total()
     assert cpu_ns_of(found, "CPUProfiler._sample") == 0
+
+
+def test_it_ends_also_where_its_lock_is_held(monkeypatch):
+    """As by a handler of SIGTERM that has interrupted a note of the heap profiler."""
+    monkeypatch.setattr(cpu_profile, "STOP_S", 0.2)
+    profiler = CPUProfiler()
+    profiler.start()
+    with lock:
+        burn(0.1)  # which it wants to note
+        profiler.stop()
+        assert profiler._thread.is_alive(), "it waits for the lock"
+    profiler._thread.join(10)
+    assert not profiler._thread.is_alive()
 
 
 def test_it_keeps_nobodys_variables():
