@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +146,19 @@ class _End:
         self._is_terminated = True
         if os.getpid() != self._pid or self._is_over:  # handlers survive a fork
             _die_by_sigterm()
+        if not self._is_begun:
+            _open_output_anew()
         self.tell()
+
+
+def _open_output_anew() -> None:
+    """Have stdout and stderr without the locks that an interrupted print() holds."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        with suppress(OSError):  # it is closed
+            stream = open(  # noqa: SIM115  # to the end of the process
+                descriptor, "w", buffering=1, errors="backslashreplace", closefd=False
+            )
+            setattr(sys, name, stream)
 
 
 def _die_by_sigterm() -> None:

@@ -235,6 +235,15 @@ def test_the_end_is_told_before_sigterm_ends_the_script(start, waiting):
     assert terminated(start(READY + waiting)) == (-signal.SIGTERM, "the end\n", "")
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_the_end_is_told_though_sigterm_has_interrupted_a_print(start, stream):
+    writing = f"while True: sys.{stream}.write('x' * 100_000)\n"
+    code, out, err = terminated(start(READY + writing, TELL + "; 1 / 0"))
+    assert code == -signal.SIGTERM
+    assert out.endswith("the end\n")
+    assert err.endswith("ZeroDivisionError: division by zero\n")
+
+
 def test_an_end_that_is_being_told_is_not_told_again(start):
     process = start("", "print('begun', flush=True); sys.stdin.readline(); " + TELL)
     assert process.stdout.readline() == "begun\n"
@@ -253,7 +262,8 @@ def test_what_goes_wrong_at_the_end_is_said_before_sigterm_ends_the_script(start
 @pytest.mark.parametrize("fork", ["os.fork()", "fork_in_a_thread()"])
 def test_a_forked_child_dies_of_sigterm_and_tells_nothing(start, fork):
     process = start(
-        "import os, signal, threading, time\n"
+        "import os, signal, threading, time, warnings\n"
+        "warnings.simplefilter('ignore', DeprecationWarning)  # of a fork beside threads\n"
         "def child():\n"
         "    os.write(1, b'ready\\n')\n"
         "    time.sleep(60)\n"
