@@ -26,7 +26,6 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         gc.disable()  # the model knows of no collection but its own
-        gc.freeze()  # ... which need not go through all that Hypothesis has made
         self.executors = [ThreadPoolExecutor(1) for _ in range(2)]
         self.out = []
         self.idle = []
@@ -132,7 +131,6 @@ class PoolMachine(RuleBasedStateMachine):
         assert stats.dropped == self.n_dropped
 
     def teardown(self):
-        gc.unfreeze()
         gc.enable()
         for executor in self.executors:
             executor.shutdown()
