@@ -16,6 +16,13 @@ MOST_IDLE = 6
 threads = st.integers(0, 1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_objects():
+    """Each rule's collection need not go through what the tests before these have made."""
+    gc.collect()
+    gc.freeze()
+
+
 class ResetError(Exception):
     pass
 
