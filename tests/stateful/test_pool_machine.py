@@ -16,6 +16,13 @@ MOST_IDLE = 6
 threads = st.integers(0, 1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_objects():
+    """Each rule's collection need not go through what the tests before these have made."""
+    gc.collect()
+    gc.freeze()
+
+
 class ResetError(Exception):
     pass
 
@@ -26,7 +33,6 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         gc.disable()  # the model knows of no collection but its own
-        gc.freeze()  # ... which need not go through all that Hypothesis has made
         self.executors = [ThreadPoolExecutor(1) for _ in range(2)]
         self.out = []
         self.idle = []
@@ -132,7 +138,6 @@ class PoolMachine(RuleBasedStateMachine):
         assert stats.dropped == self.n_dropped
 
     def teardown(self):
-        gc.unfreeze()
         gc.enable()
         for executor in self.executors:
             executor.shutdown()

@@ -205,10 +205,10 @@ class WindowMachine(RuleBasedStateMachine):
         self.store.trim()
         stats = self.store.stats()
         assert stats.stale_bytes == 0
-        # Every committed page was just read, so each is mapped, and weighs in Pss.
+        # Every committed page was just read, so each is mapped.
         if CAN_WEIGH:
-            pss_bytes, n_mappings = weigh(self.store.fd)
-            assert abs(pss_bytes - stats.held_bytes) <= 1024 * n_mappings
+            mapped_bytes, n_mappings = weigh(self.store.fd)
+            assert mapped_bytes == stats.held_bytes
             assert n_mappings <= stats.n_mappings  # neighbouring windows may merge
         assert stats.held_bytes == stats.committed_bytes
         for mirror in self.live:

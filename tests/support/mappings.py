@@ -1,27 +1,40 @@
 """The kernel's own account of a memfd's mappings in this process."""
 
+import mmap
 import os
 from pathlib import Path
 
-SMAPS = Path("/proc/self/smaps")
+import numpy as np
 
-# A sanitizer's shadow memory would make every look at smaps a walk over gigabytes.
-CAN_WEIGH = SMAPS.exists() and "PAGEALLOC_SANITIZE" not in os.environ
+MAPS = Path("/proc/self/maps")
+PAGEMAP = Path("/proc/self/pagemap")
+IS_PRESENT, IS_OF_A_FILE = (np.uint64(1 << bit) for bit in (63, 61))
+
+CAN_WEIGH = PAGEMAP.exists() and "PAGEALLOC_SANITIZE" not in os.environ
 
 
 def weigh(fd: int) -> tuple[int, int]:
-    """Return the sum of Pss over a file's mappings in bytes, and how many mappings there are.
+    """Return how much of a file is mapped here in bytes, and how many mappings there are.
 
-    Pss counts a page once, however often it is mapped.  It is rounded down to KiB in each mapping.
+    A page counts once, however often it is mapped; a private copy of it counts too.  It is what
+    the sum of Pss in smaps would be without its rounding, but smaps walks every page of the whole
+    process, which takes milliseconds.
     """
     head = f" {os.fstat(fd).st_ino} ".encode()  # ... inode, spaces, path
-    text = SMAPS.read_bytes()
-    pss_kib = n_mappings = 0
-    position = text.find(b"/memfd:")
-    while position >= 0:
-        if head in text[text.rfind(b"\n", 0, position) + 1 : position]:
-            pss = text.index(b"\nPss:", position) + 5
-            pss_kib += int(text[pss : text.index(b" kB", pss)])
+    n_copies = n_mappings = 0
+    shared = [np.empty(0, np.int64)]
+    with PAGEMAP.open("rb", buffering=0) as pagemap:
+        for line in MAPS.read_bytes().splitlines():
+            if b"/memfd:" not in line or head not in line:
+                continue
+            span, _, offset, *_ = line.split()
+            start, end = (int(address, 16) // mmap.PAGESIZE for address in span.split(b"-"))
+            entries = np.frombuffer(os.pread(pagemap.fileno(), (end - start) * 8, start * 8), "u8")
+            assert len(entries) == end - start
+            is_present, is_of_a_file = entries & IS_PRESENT != 0, entries & IS_OF_A_FILE != 0
+            n_copies += np.count_nonzero(is_present & ~is_of_a_file)
+            pages = np.flatnonzero(is_present & is_of_a_file)
+            shared.append(pages + int(offset, 16) // mmap.PAGESIZE)
             n_mappings += 1
-        position = text.find(b"/memfd:", position + 1)
-    return pss_kib * 1024, n_mappings
+    n_pages = len(np.unique(np.concatenate(shared))) + n_copies
+    return n_pages * mmap.PAGESIZE, n_mappings

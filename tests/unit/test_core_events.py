@@ -5,7 +5,7 @@ import time
 
 import pytest
 from quiet import quieten
-from stress import in_child, running
+from stress import in_child, running, switching_often
 
 from pagealloc import PageAllocator
 from pagealloc.core.event_ring import CAPACITY, KINDS, take_events, unwatch_events, watch_events
@@ -166,7 +166,7 @@ def test_threads_lose_no_event_but_those_counted(watched):
 
     growing = [threading.Thread(target=grow, args=(allocator,)) for allocator in allocators]
     taking = [threading.Thread(target=take) for _ in range(2)]
-    with running(stop, *growing, *taking):
+    with switching_often(), running(stop, *growing, *taking):
         for thread in growing:
             thread.join()
     events, n = take_events()

@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from stress import running
+from stress import running, switching_often
 
 from pagealloc import page_size_bytes
 from pagealloc.errors import ClosedError, PageBoundaryError
@@ -115,7 +115,7 @@ class TestCrossing:
                 cuts.append(len(child))
                 fill(child, rows[N_TOKENS:])
 
-        with running(stop, threading.Thread(target=write)):
+        with switching_often(), running(stop, threading.Thread(target=write)):
             for _ in range(200):
                 array = child.k(1, on_cross="copy")
                 np.testing.assert_array_equal(array, rows[: len(array), 1, 0])

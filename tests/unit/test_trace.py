@@ -14,7 +14,9 @@ from pagealloc import PageAllocator
 allocator = PageAllocator(backing="base", arena_bytes="8MiB", purge_after_s=0.05)
 blocks = [allocator.alloc("64KiB", prefault=True) for _ in range(64)]
 del blocks
-time.sleep(0.5)
+end_s = time.monotonic() + 20
+while allocator.stats().purged_bytes < 1 << 20 and time.monotonic() < end_s:
+    time.sleep(0.01)
 blocks = [allocator.alloc("64KiB", prefault=True) for _ in range(16)]
 del blocks
 trimmed_bytes = allocator.trim()
