@@ -3,11 +3,12 @@
 Purpose
     The older part of a quantised sequence; the newest rows stay as they came, in a ring.
 Structure
-    Of a layer of n tokens the first `due` are cold::
+    Of a layer of n tokens the first n_cold are cold::
 
         token    0 ............................. n_cold .................. n
         stored   | cold window, packed           | ring, as given          |
-        n_cold = max(n_cold, (n - residual_tokens) rounded down to step_tokens)
+        an append: n_cold = max(n_cold, (n - residual_tokens) rounded down to step_tokens)
+        what removes rows: n_cold less the cold ones among them
 
     The length of a layer here is its n_cold.
 Invariants
@@ -68,7 +69,7 @@ cdef class ColdRows(WindowRows):
         free(self.errors)
 
     cdef int64_t due(self, int64_t layer, int64_t n_tokens) noexcept nogil:
-        """How many tokens of a layer of `n_tokens` are cold."""
+        """How many tokens of a layer are cold once it was appended to, up to `n_tokens`."""
         cdef int64_t n_old = max(0, n_tokens - self.residual_tokens)
         cdef int64_t n_cold = self.n_even if self.n_even >= 0 else self.lengths[layer]
         return max(n_cold, n_old - n_old % self.step_tokens)

@@ -228,9 +228,9 @@ class QuantisedPages:
         self.cold.check(cold)
         ranges = list(zip(cold.layer_lengths, lengths, strict=True))
         for layer, (n_cold, length) in enumerate(ranges):
-            if not n_cold == cold._due(layer, length) <= length:
+            if not 0 <= length - n_cold < cold.residual_tokens + cold.step_tokens:
                 raise InvariantError(f"layer {layer}: {n_cold} of {length} tokens are cold")
-            if cold._due(layer, ready[layer]) > cold._ready[layer]:
+            if ready[layer] > length and cold._due(layer, ready[layer]) > cold._ready[layer]:
                 raise InvariantError(f"layer {layer}: ready up to {ready}, cold {cold._ready}")
         self.ring.check(ranges)
 

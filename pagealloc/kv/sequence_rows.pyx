@@ -256,7 +256,10 @@ cdef class SequenceRows(SequenceArrays):
         cdef int64_t n_tokens = k.n_tokens, n_direct, kv
         cdef int64_t due = cold.due(layer, start + n_tokens)
         cdef rows_t[2] parts
-        cdef char *scratch = <char *>malloc(<size_t>max(kinds[0].row_bytes, kinds[1].row_bytes))
+        cdef char *scratch
+        if n_tokens == 0:       # pages are ready for what new rows have packed, not before
+            return 0
+        scratch = <char *>malloc(<size_t>max(kinds[0].row_bytes, kinds[1].row_bytes))
         if scratch == NULL:
             raise MemoryError("no memory for a row")
         n_direct = max(0, due - start)

@@ -92,8 +92,8 @@ class KVMachine(RuleBasedStateMachine):
     def quantisation(self):
         return {}
 
-    def age(self, twin):
-        """Rows that are old enough change to what they read back as."""
+    def age(self, twin, layers):
+        """Rows that are old enough after an append change to what they read back as."""
 
     def settle(self, twin):
         """Before rows are moved, all layers have as many old ones."""
@@ -142,6 +142,8 @@ class KVMachine(RuleBasedStateMachine):
             first = max(twin.positions, default=-1) + 1
             twin.positions += range(first, first + n_new)
             twin.names += self.new_names(max(n_new, 0))
+            if n_tokens:
+                self.age(twin, [layer])
 
     @rule(twin=twins)
     def append_token(self, twin):
@@ -158,6 +160,7 @@ class KVMachine(RuleBasedStateMachine):
         twin.rows = [
             np.concatenate([rows, token[layer][None]]) for layer, rows in enumerate(twin.rows)
         ]
+        self.age(twin, range(N_LAYERS))
 
     @rule(twin=twins, data=st.data())
     def truncate(self, twin, data):
@@ -243,6 +246,7 @@ class KVMachine(RuleBasedStateMachine):
         twin.seq.cp(other.seq, p0, p1)
         if other is twin:
             return
+        is_appended = bool(chosen and other.positions)
         source = self.copied(twin, other, chosen)
         other.rows = [
             np.concatenate([rows, more[chosen]])
@@ -250,6 +254,8 @@ class KVMachine(RuleBasedStateMachine):
         ]
         other.positions += [twin.positions[token] for token in chosen]
         other.names += [twin.names[token] for token in chosen]
+        if is_appended:
+            self.age(other, range(N_LAYERS))
 
     def copied(self, twin, other, chosen):  # noqa: ARG002
         """Return the rows by layer of which those of some tokens come behind those of `other`."""
@@ -334,6 +340,7 @@ class KVMachine(RuleBasedStateMachine):
             twin.rows = [
                 np.concatenate([rows, token[layer][None]]) for layer, rows in enumerate(twin.rows)
             ]
+            self.age(twin, range(N_LAYERS))
 
     @rule(layer=st.integers(0, N_LAYERS - 1), kv=st.integers(0, 1))
     def gather(self, layer, kv):
@@ -405,7 +412,6 @@ class KVMachine(RuleBasedStateMachine):
     @invariant()
     def every_side_has_its_own_rows(self):
         for twin in self.open:
-            self.age(twin)
             assert twin.seq.layer_lengths == tuple(twin.lengths)
             assert twin.seq.positions.tolist() == twin.positions
             assert twin.seq.pos_max() == max(twin.positions, default=-1)
@@ -486,9 +492,9 @@ class QuantisedMachine(KVMachine):
             twin.rows[layer] = rows
             twin.cold[layer] = n_cold
 
-    def age(self, twin):
-        for layer, length in enumerate(twin.lengths):
-            self.pack(twin, layer, self.due(length))
+    def age(self, twin, layers):
+        for layer in layers:
+            self.pack(twin, layer, self.due(twin.lengths[layer]))
 
     def settle(self, twin):
         for layer in range(N_LAYERS):

@@ -50,6 +50,22 @@ class TestWhatIsPacked:
         np.testing.assert_array_equal(recent, rows[seq.n_cold :, 1, 0])
         assert_all(seq, rows)
 
+    @pytest.mark.parametrize("n_removed", range(1, 16))
+    def test_after_rows_were_removed_the_next_append_packs(self, cache, n_removed):
+        rows, seq = make_rows(400), cache.sequence()
+        append_rows(seq, rows[:287])
+        assert seq.n_cold == 144
+        seq.rm(0, n_removed)
+        cache.check()
+        append_rows(seq, rows[:0])  # packs nothing: pages may be gone
+        cache.check()
+        assert seq.n_cold == 144 - n_removed
+        append_rows(seq, rows[287:288])
+        cache.check()
+        assert seq.n_cold == 144
+        recent = seq.k(1, 144, dtype=np.float16)
+        np.testing.assert_array_equal(recent, rows[144 + n_removed : 288, 1, 0])
+
     @pytest.mark.parametrize("pieces", [(400,), (127, 1, 1, 271), (16,) * 25, (200, 3, 197)])
     def test_the_bytes_do_not_depend_on_how_rows_came(self, cache, pieces):
         rows, one_by_one, seq = make_rows(400), cache.sequence(), cache.sequence()
