@@ -183,14 +183,20 @@ def test_what_go_writes(go, tmp_path):
     assert names == ["alloc_objects", "alloc_space", "inuse_objects", "inuse_space"]
     assert heap.value_types[-1].unit == heap.period_type.unit == "bytes"
     assert heap.period == 1
-    assert heap.hottest(1) == [(kept, 99 * 64 * KIB)]
-    assert dict(heap.hottest(5, 2))[kept] == 99
-    (stack,) = [stack for stack in heap.samples if stack[0] == kept]
-    assert [frame.function for frame in stack] == ["main.keep", "main.main", "runtime.main"]
+    # Go's runtime may have taken some bytes for itself there, and counts them with the line's.
+    ((hottest, live_bytes),) = heap.hottest(1)
+    assert hottest == kept
+    assert 99 * 64 * KIB <= live_bytes < 99 * 64 * KIB + KIB
+    assert 99 <= dict(heap.hottest(5, 2))[kept] < 110
+    stacks = [stack for stack in heap.samples if stack[0] == kept]
+    calls = [[frame.function for frame in stack] for stack in stacks]
+    assert ["main.keep", "main.main", "runtime.main"] in calls
 
     allocs = from_pprof((tmp_path / "allocs.pb.gz").read_bytes())
     assert allocs.value_types[-1].name == "alloc_space"  # which that file calls its default
-    assert allocs.hottest(1) == [(kept, 100 * 64 * KIB)]
+    ((hottest, allocated_bytes),) = allocs.hottest(1)
+    assert hottest == kept
+    assert 100 * 64 * KIB <= allocated_bytes < 100 * 64 * KIB + KIB
 
     for name in ("heap", "allocs"):
         profile = from_pprof((tmp_path / f"{name}.pb.gz").read_bytes())
