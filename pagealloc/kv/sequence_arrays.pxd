@@ -27,6 +27,6 @@ cdef class SequenceArrays(WindowRows):
     )
     cdef bint fill(
         self, int64_t layer, int64_t kv, int64_t first, int64_t last, int64_t n_tokens,
-        char *target, const plain_t *wanted
+        int64_t n_cuts, char *target, const plain_t *wanted
     ) except -1
     cdef int64_t committed_word(self, object offset) except -1

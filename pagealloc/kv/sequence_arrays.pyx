@@ -10,8 +10,9 @@ Invariants
     window is not closed and no row under it is dropped
 Locking
     The GIL, but for copying: then a view of the window keeps rows where they are.  Many readers,
-    beside one writer: appending goes past what an array covers, and a cut changes `n_cuts` before
-    it looks at the arrays, which a reader compares after it has made one.
+    beside one writer: appending goes past what a view covers, and a cut changes `n_cuts` before it
+    looks at the views, which a reader compares once it has made one, and before it reads: making
+    one may let go of the GIL.
 Units
     Tokens; bytes where named.
 """
@@ -207,7 +208,8 @@ cdef class SequenceArrays(WindowRows):
                         f"{access.last_page}, end {access.end}; on_cross='copy' would copy them"
                     )
             view = self._window.view_of(access.offset, access.end - access.offset, last)
-            if view is None:        # the pages went while we looked
+            if view is None or self.n_cuts != n_cuts:   # the pages, or rows, went while we looked
+                view = None
                 continue
             if is_view:
                 array = array_over(self.table, view, at, kv, last - first)
@@ -257,15 +259,17 @@ cdef class SequenceArrays(WindowRows):
                     last - first, n_heads, head_dim, n_heads * head_dim * wanted.value_bytes,
                     _FORMATS[name].dtype.num,
                 )
-            if self.fill(at, kv, first, last, n_tokens, <char *>np.PyArray_DATA(array), &wanted):
+            if self.fill(
+                at, kv, first, last, n_tokens, n_cuts, <char *>np.PyArray_DATA(array), &wanted
+            ):
                 if self.n_cuts == n_cuts:
                     return array
 
     cdef bint fill(
         self, int64_t layer, int64_t kv, int64_t first, int64_t last, int64_t n_tokens,
-        char *target, const plain_t *wanted
+        int64_t n_cuts, char *target, const plain_t *wanted
     ) except -1:
-        """Convert tokens [first, last) of a layer; False: their pages went, look again.
+        """Convert tokens [first, last) of a layer; False: pages or rows went, look again.
 
         A ring is read with the GIL, which whoever overwrites its oldest rows holds.
         """
@@ -287,7 +291,7 @@ cdef class SequenceArrays(WindowRows):
             table = &self.table.table
             check_access(table, layer, split, last, kv, n_tokens, &access)
             view = self._window.view_of(access.offset, access.end - access.offset, last)
-            if view is None:
+            if view is None or self.n_cuts != n_cuts:
                 return False
             with nogil:
                 convert_rows(codec, table, window, kind, split, last, 0, recent, wanted)
@@ -295,7 +299,7 @@ cdef class SequenceArrays(WindowRows):
             table = &self._cold.table.table
             check_access(table, layer, first, split, kv, n_cold, &access)
             view = self._cold._window.view_of(access.offset, access.end - access.offset, split)
-            if view is None:
+            if view is None or self.n_cuts != n_cuts:
                 return False
             window = self._cold.base()
             with nogil:

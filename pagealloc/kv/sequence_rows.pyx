@@ -329,7 +329,8 @@ cdef class SequenceRows(SequenceArrays):
         fill_plain(&single, "float32")
         array = numpy.empty((end - start, *self.table.layout.head_shape(layer, 0)), numpy.float32)
         self.fill(
-            layer, 0, start, end, end, <char *>np.PyArray_DATA(<np.ndarray>array), &single
+            layer, 0, start, end, end, self.n_cuts, <char *>np.PyArray_DATA(<np.ndarray>array),
+            &single,
         )
         return array
 
