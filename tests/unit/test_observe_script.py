@@ -1,6 +1,7 @@
 """run_script(): as ``python SCRIPT`` would, with something to do at its end."""
 
 import builtins
+import os
 import signal
 import subprocess
 import sys
@@ -180,6 +181,10 @@ def test_the_excepthook_of_the_script(write, monkeypatch):
 # --- SIGTERM ---
 
 TELL = "print('the end', flush=True)"
+not_under_tsan = pytest.mark.skipif(
+    os.environ.get("PAGEALLOC_SANITIZE") == "thread",
+    reason="ThreadSanitizer holds signals back until a call that it knows to block",
+)
 
 
 @pytest.fixture
@@ -226,7 +231,7 @@ def terminated(process: subprocess.Popen, after: str = "ready\n") -> tuple[int, 
     "waiting",
     [
         "time.sleep(60)",
-        "while True: pass",
+        pytest.param("while True: pass", marks=not_under_tsan),
         "threading.Thread(target=time.sleep, args=(60,)).start()",
         "sys.exit(threading.Thread(target=time.sleep, args=(60,)).start())",
     ],
@@ -269,7 +274,9 @@ def test_what_goes_wrong_at_the_end_is_said_before_sigterm_ends_the_script(start
     assert err.endswith("ZeroDivisionError: division by zero\n")
 
 
-@pytest.mark.parametrize("fork", ["os.fork()", "fork_in_a_thread()"])
+@pytest.mark.parametrize(
+    "fork", ["os.fork()", pytest.param("fork_in_a_thread()", marks=not_under_tsan)]
+)
 def test_a_forked_child_dies_of_sigterm_and_tells_nothing(start, fork):
     process = start(
         "import os, signal, threading, time, warnings\n"
