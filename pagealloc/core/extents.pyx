@@ -357,7 +357,11 @@ cdef class ExtentStore:
     @property
     def closed(self) -> bool:
         """True after `close`."""
-        return self.books.is_closed
+        cdef bint is_closed
+        self.lock()         # another thread may be closing it, without the GIL
+        is_closed = self.books.is_closed
+        store_leave(self.books)
+        return is_closed
 
     @property
     def budget_bytes(self) -> int | None:
@@ -374,12 +378,12 @@ cdef class ExtentStore:
     @property
     def held_bytes(self) -> int:
         """Physical bytes of the file, asked of the kernel (about 1 us); 0 once closed."""
-        return 0 if self.books.is_closed else self.stats().held_bytes
+        return 0 if self.closed else self.stats().held_bytes
 
     @property
     def shared_bytes(self) -> int:
         """What sharing saves: the sum over all pages of (windows that map it - 1) pages."""
-        return 0 if self.books.is_closed else self.stats().shared_bytes
+        return 0 if self.closed else self.stats().shared_bytes
 
     @property
     def stale_bytes(self) -> int:
@@ -410,7 +414,7 @@ cdef class ExtentStore:
         raise TypeError("an ExtentStore is memory of this process: it cannot be pickled or copied")
 
     def __repr__(self) -> str:
-        if self.books.is_closed:
+        if self.closed:
             return f"<ExtentStore {self.name!r}: closed>"
         budget = self.budget_bytes
         limit = "" if budget is None else f" of {format_bytes(budget)}"
