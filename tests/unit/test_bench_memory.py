@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,7 @@ def test_what_is_used_is_seen_from_outside():
 )
 def test_sparse_blocks():
     def is_given_back():
-        rows = bench_memory.sparse_rows(replace(LITTLE, n_rounds=1))
+        rows = bench_memory.sparse_rows(LITTLE)
         assert [row.bar for row in rows] == ["10.stride4"] * 2 + ["10.stride32"] * 2
         assert not any(row.note for row in rows)
         return all(row.ours < row.peers["before"] / 2 for row in rows)
