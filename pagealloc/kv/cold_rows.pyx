@@ -12,7 +12,7 @@ Structure
 
     The length of a layer here is its n_cold.
 Invariants
-    n_cold depends on nothing but the lengths the layer had, not on how its rows came
+    n_cold depends on the lengths the layer had and on what was removed, not on how its rows came
     n - n_cold < residual_tokens + step_tokens, the ring's length
     a packed row is packed once, from the row that was given
 Locking

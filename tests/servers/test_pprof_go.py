@@ -183,7 +183,7 @@ def test_what_go_writes(go, tmp_path):
     assert names == ["alloc_objects", "alloc_space", "inuse_objects", "inuse_space"]
     assert heap.value_types[-1].unit == heap.period_type.unit == "bytes"
     assert heap.period == 1
-    # Go's runtime may have taken some bytes for itself there, and counts them with the line's.
+    # Now and then the line has a few bytes more than the program asked for (96 were seen).
     ((hottest, live_bytes),) = heap.hottest(1)
     assert hottest == kept
     assert 99 * 64 * KIB <= live_bytes < 99 * 64 * KIB + KIB
